@@ -1,0 +1,416 @@
+"""The protocol YAML: one validated model per section, every default in sight.
+
+:func:`load_protocol` reads a file, applies ``--set`` overrides and returns a :class:`Protocol`. Anything wrong is a
+:class:`~openmm_hvpcg.errors.ConfigError` of one line that names the key; an unknown key names the closest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from openmm_hvpcg.errors import ConfigError
+from openmm_hvpcg.storage import PathLike
+
+Precision = Literal["auto", "single", "mixed", "double"]
+
+
+class Settings(BaseModel):
+    """Base of all sections: unknown keys are refused, values cannot change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class InputSettings(Settings):
+    """Where a molecule comes from: exactly one of sequence, pdb, prmtop, system_xml (the last with pdb)."""
+
+    sequence: str | None = Field(None, description="one-letter peptide sequence")
+    caps: bool = Field(True, description="ACE and NME caps on the peptide")
+    start: Literal["extended", "helix"] = Field("extended", description="start structure of the peptide")
+    pdb: str | None = Field(None, description="PDB file")
+    prmtop: str | None = Field(None, description="Amber topology")
+    coordinates: str | None = Field(None, description="Amber coordinates (inpcrd, rst7)")
+    system_xml: str | None = Field(None, description="serialized openmm.System; needs pdb")
+    force_field: str | list[str] = Field("amber14", description="amber14, amber99sbildn, charmm36 or OpenMM XML files")
+    solvent: Literal["vacuum", "obc2", "explicit"] = Field("obc2", description="solvent model")
+    hydrogen_mass_amu: float | None = Field(None, ge=1.0, le=4.0, description="hydrogen mass repartitioning")
+    padding_nm: float = Field(1.0, gt=0, description="explicit solvent: distance from solute to box edge")
+    ionic_strength_molar: float = Field(0.0, ge=0, description="explicit solvent: salt beyond neutralisation")
+    trajectory: list[str] | None = Field(None, description="take frames from these files instead of sampling")
+    trajectory_interval_ps: float | None = Field(None, gt=0, description="time between their frames, if files lack it")
+
+    @field_validator("trajectory", mode="before")
+    @classmethod
+    def _one_file_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> InputSettings:
+        given = [k for k in ("sequence", "prmtop", "system_xml") if getattr(self, k) is not None]
+        if self.pdb is not None and "system_xml" not in given:
+            given.append("pdb")
+        if len(given) != 1:
+            raise ValueError(
+                f"expected exactly one of sequence, pdb, prmtop, system_xml, got {', '.join(given) or 'none'}"
+            )
+        if (self.prmtop is None) != (self.coordinates is None):
+            raise ValueError("prmtop and coordinates go together")
+        if self.system_xml is not None and self.pdb is None:
+            raise ValueError("system_xml needs pdb for its topology and positions")
+        return self
+
+
+class MoleculeSettings(Settings):
+    """One molecule of the study."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="names its files")
+    role: Literal["train", "test", "both"] = Field(
+        "both",
+        description="train: trained on only; test: sampled, simulated, compared, never trained on; both",
+    )
+    input: InputSettings
+    native_pdb: str | None = Field(None, description="native structure, for RMSD")
+
+
+class SamplingSettings(Settings):
+    """AA molecular dynamics."""
+
+    n_frames: int = Field(4000, ge=1, description="frames in all, over all walkers")
+    stride: int = Field(250, ge=1, description="MD steps between frames")
+    timestep_fs: float = Field(2.0, gt=0, le=10)
+    friction_per_ps: float = Field(1.0, gt=0)
+    walkers: int = Field(2, ge=1, description="independent trajectories")
+    equilibration_steps: int = Field(20000, ge=0, description="steps of each walker before its first frame")
+    constraints: Literal["none", "hbonds", "allbonds"] = "hbonds"
+    platform: str = Field("auto", description="auto measures; or Reference, CPU, CUDA, OpenCL, HIP")
+    precision: Precision = "auto"
+    seed: int = Field(1, ge=0, le=2**31 - 1)
+
+
+class MappingSettings(Settings):
+    """Atoms to beads."""
+
+    beads: str | dict[str, str] = Field("ca", description="ca, backbone, heavy, an mdtraj selection, or {json: FILE}")
+
+    @field_validator("beads")
+    @classmethod
+    def _json_only(cls, value: str | dict[str, str]) -> str | dict[str, str]:
+        if isinstance(value, dict) and set(value) != {"json"}:
+            raise ValueError("expected a preset, an mdtraj selection or {json: FILE}")
+        return value
+
+
+class LabelSettings(Settings):
+    """Projected forces and Hessian-vector products."""
+
+    force_map: Literal["slice", "optimal"] = "optimal"
+    probes_per_frame: int = Field(4, ge=1)
+    probe_law: Literal["rademacher", "normal"] = "rademacher"
+    step_nm: float | Literal["auto"] = Field("auto", description="largest atom displacement of a finite difference")
+    max_frames: int | None = Field(None, ge=1, description="label at most this many frames, evenly spaced")
+    platform: str = Field("auto", description="auto measures; or Reference, CPU, CUDA, OpenCL, HIP")
+    precision: Precision = "auto"
+    workers: int | Literal["auto"] = Field("auto", description="OpenMM Contexts working at once")
+    seed: int = Field(2, ge=0, le=2**31 - 1)
+
+    @field_validator("step_nm")
+    @classmethod
+    def _step_range(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and not 1e-8 <= value <= 0.05:
+            raise ValueError("expected auto or 1e-8 to 0.05 nm")
+        return value
+
+    @field_validator("workers")
+    @classmethod
+    def _at_least_one(cls, value: int | str) -> int | str:
+        if not isinstance(value, str) and value < 1:
+            raise ValueError("expected auto or at least 1")
+        return value
+
+
+class PriorSettings(Settings):
+    """Which prior terms are fitted and used."""
+
+    bonds: bool = True
+    angles: bool = True
+    dihedrals: bool = True
+    repulsion: bool = True
+
+
+class ModelSettings(Settings):
+    """The network."""
+
+    kind: Literal["schnet"] = "schnet"
+    features: int = Field(64, ge=1)
+    interactions: int = Field(2, ge=1)
+    radial: int = Field(20, ge=2, description="radial basis functions")
+    cutoff_nm: float = Field(1.2, gt=0)
+
+
+class ArmSettings(Settings):
+    """One training arm: its name, and overrides of any key of ``training`` and ``model``."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+
+
+class TrainingSettings(Settings):
+    """Force matching and Hessian matching."""
+
+    arms: list[ArmSettings] = Field(
+        default_factory=lambda: [
+            ArmSettings.model_validate({"name": "fm", "hvp_weight": 0.0}),
+            ArmSettings.model_validate({"name": "hvp", "hvp_weight": 1.0}),
+        ]
+    )
+    force_weight: float = Field(1.0, ge=0)
+    hvp_weight: float = Field(0.0, ge=0)
+    batch_size: int = Field(64, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    max_epochs: int = Field(200, ge=1)
+    patience: int = Field(20, ge=1, description="epochs without a better validation loss before stopping")
+    validation_fraction: float = Field(0.2, gt=0, lt=1)
+    validation_blocks: int = Field(5, ge=1, description="time blocks that make up the validation set")
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = Field(3, ge=0, le=2**31 - 1)
+
+    @model_validator(mode="after")
+    def _unique_arms(self) -> TrainingSettings:
+        names = [arm.name for arm in self.arms]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"arms need at least one entry and distinct names, got {names}")
+        return self
+
+
+class SimulationSettings(Settings):
+    """CG molecular dynamics."""
+
+    replicas: int = Field(8, ge=1)
+    n_steps: int = Field(100000, ge=1)
+    timestep_fs: float = Field(4.0, gt=0, le=50)
+    friction_per_ps: float = Field(1.0, gt=0)
+    save_every: int = Field(100, ge=1)
+    trajectory_format: Literal["dcd", "xtc"] = "dcd"
+    backend: Literal["auto", "torchforce", "pythonforce"] = "auto"
+    priors: Literal["native", "torch"] = "native"
+    platform: str = Field("auto", description="auto measures; or Reference, CPU, CUDA, OpenCL, HIP")
+    seed: int = Field(4, ge=0, le=2**31 - 1)
+
+    @model_validator(mode="after")
+    def _saves_something(self) -> SimulationSettings:
+        if self.save_every > self.n_steps:
+            raise ValueError(f"save_every ({self.save_every}) is larger than n_steps ({self.n_steps})")
+        return self
+
+
+class AnalysisSettings(Settings):
+    """Comparison with the AA reference."""
+
+    features: Literal["distances", "dihedrals", "distances+dihedrals"] = "distances"
+    lag_frames: int = Field(10, ge=1, description="TICA lag, in frames of the reference")
+    bins: int = Field(50, ge=5, description="state bins an axis along the slow modes")
+    burn_in: float = Field(0.1, ge=0, lt=0.9, description="share of each CG replica left out")
+    blocks: int = Field(5, ge=2, description="blocks for statistical errors")
+
+
+class Protocol(Settings):
+    """A whole study."""
+
+    temperature_K: float = Field(300.0, gt=0, le=2000)
+    molecules: list[MoleculeSettings] = Field(min_length=1)
+    sampling: SamplingSettings = SamplingSettings()
+    mapping: MappingSettings = MappingSettings()
+    labels: LabelSettings = LabelSettings()
+    priors: PriorSettings = PriorSettings()
+    model: ModelSettings = ModelSettings()
+    training: TrainingSettings = TrainingSettings()
+    simulation: SimulationSettings = SimulationSettings()
+    analysis: AnalysisSettings = AnalysisSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Protocol:
+        names = [m.name for m in self.molecules]
+        if len(set(names)) != len(names):
+            raise ValueError(f"molecules need distinct names, got {names}")
+        if self.sampling.walkers > self.sampling.n_frames:
+            raise ValueError(
+                f"sampling: fewer frames ({self.sampling.n_frames}) than walkers ({self.sampling.walkers})"
+            )
+        if all(m.role == "test" for m in self.molecules):
+            raise ValueError("no molecule to train on: give at least one the role train or both")
+        for arm in self.training.arms:
+            resolve_arm(self, arm.name)
+        return self
+
+
+def resolve_arm(protocol: Protocol, name: str) -> tuple[TrainingSettings, ModelSettings]:
+    """Training and model settings of one arm, its overrides applied.
+
+    Raises
+    ------
+    ConfigError
+        No such arm, or an override that is not a key of ``training`` or ``model`` or has a wrong value.
+    """
+    arm = next((a for a in protocol.training.arms if a.name == name), None)
+    if arm is None:
+        raise ConfigError("no such arm", expected=[a.name for a in protocol.training.arms], got=name)
+    training = protocol.training.model_dump()
+    training["arms"] = [{"name": name}]
+    model = protocol.model.model_dump()
+    for key, value in (arm.model_extra or {}).items():
+        if key in ModelSettings.model_fields:
+            model[key] = value
+        elif key in TrainingSettings.model_fields and key != "arms":
+            training[key] = value
+        else:
+            known = [*ModelSettings.model_fields, *TrainingSettings.model_fields]
+            raise ConfigError(f"arm {name}: unknown key {key!r}{_closest(key, known)}")
+    try:
+        return TrainingSettings.model_validate(training), ModelSettings.model_validate(model)
+    except ValidationError as error:
+        raise ConfigError(f"arm {name}: {_explain(error, TrainingSettings)}") from error
+
+
+def load_protocol(path: PathLike, overrides: Sequence[str] = ()) -> Protocol:
+    """Read and validate a protocol YAML.
+
+    Parameters
+    ----------
+    path : the YAML file
+    overrides : ``section.key=value`` each, value in YAML; ``molecules.0.input.sequence=AA`` reaches into lists
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError("no such protocol file", where=path) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read ({error})", where=path) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML ({error})", where=path) from error
+    if not isinstance(content, dict):
+        raise ConfigError("not a protocol", expected="sections with keys", got=type(content).__name__, where=path)
+    for override in overrides:
+        _apply_override(content, override)
+    return validate_protocol(content, where=path)
+
+
+def validate_protocol(content: dict[str, Any], where: object = None) -> Protocol:
+    """Validate parsed YAML; errors name the key."""
+    try:
+        return Protocol.model_validate(content)
+    except ConfigError as error:
+        raise ConfigError(str(error), where=where) from error
+    except ValidationError as error:
+        raise ConfigError(_explain(error, Protocol), where=where) from error
+
+
+def dump_protocol(protocol: Protocol) -> str:
+    """The protocol as YAML with every default written out."""
+    return yaml.safe_dump(protocol.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def describe_defaults() -> str:
+    """All sections with their defaults as YAML, each key's meaning as a comment."""
+    lines = ["temperature_K: 300.0", "molecules:   # required", "  - name: NAME"]
+    lines += [f"    {key}: {_show(field)}" for key, field in MoleculeSettings.model_fields.items() if key == "role"]
+    lines.append("    input:   # one of sequence, pdb, prmtop + coordinates, system_xml + pdb")
+    lines += [f"      {key}: {_show(field)}" for key, field in InputSettings.model_fields.items()]
+    lines += [
+        f"    {key}: {_show(field)}" for key, field in MoleculeSettings.model_fields.items() if key == "native_pdb"
+    ]
+    for name, field in Protocol.model_fields.items():
+        if name in ("temperature_K", "molecules"):
+            continue
+        lines.append(f"{name}:")
+        section = field.annotation
+        lines += [f"  {key}: {_show(sub)}" for key, sub in section.model_fields.items()]  # type: ignore[union-attr]
+    return "\n".join(lines) + "\n"
+
+
+def _show(field: Any) -> str:
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, list):
+        value = [v.model_dump() if isinstance(v, BaseModel) else v for v in value]
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n...")[0].strip()
+    return f"{text}   # {field.description}" if field.description else text
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError("cannot read --set", expected="section.key=value", got=override)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: the value is not YAML ({error})") from error
+    node: Any = content
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, dict):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        else:
+            raise ConfigError(f"--set {key}: there is no {part!r} to set")
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"--set {key}: there is no {last!r} to set")
+
+
+def _closest(key: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else f"; known keys: {', '.join(known)}"
+
+
+def _explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """One line of all problems, each with its key."""
+    lines: dict[str, None] = {}
+    for item in error.errors():
+        location = item["loc"]
+        key = ".".join(str(part) for part in location if not _is_union_tag(part))
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(root, location[:-1])
+            lines[f"unknown key {key!r}{_closest(str(location[-1]), known)}"] = None
+        elif item["type"] == "missing":
+            lines[f"{key}: missing"] = None
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            got = "" if item["type"] == "value_error" else f", got {_shorten(item['input'])}"
+            lines[f"{key}: {message[:1].lower()}{message[1:]}{got}" if key else message] = None
+    return "; ".join(lines)
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _is_union_tag(part: Any) -> bool:
+    return isinstance(part, str) and (
+        part in ("str", "int", "float") or part.startswith(("literal[", "list[", "dict[", "constrained-"))
+    )
+
+
+def _fields_at(root: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """Names of the fields of the model found by walking ``location`` from ``root``."""
+    model: Any = root
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        arguments = getattr(annotation, "__args__", ())
+        model = next((a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)), annotation)
+    return list(model.model_fields)

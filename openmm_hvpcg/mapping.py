@@ -1,0 +1,309 @@
+"""From atoms to beads: :class:`BeadMap`, the linear configuration map R = M r, and its presets.
+
+Only numpy is needed to use a map; building one from a selection takes an mdtraj topology. Theory:
+``M`` acts on each Cartesian component alike and its rows sum to 1 (Noid et al., J. Chem. Phys. 128, 244114).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openmm_hvpcg.errors import MappingError
+from openmm_hvpcg.storage import PathLike, compute_hash
+
+if TYPE_CHECKING:
+    import mdtraj as md
+
+#: Rows of M must sum to 1 within this: weights come from decimal JSON, so rounding in the last digits is expected.
+ROW_SUM_TOLERANCE = 1e-6
+
+PRESETS = {
+    "ca": "protein and name CA",
+    "backbone": (
+        "(protein and (name N or name CA or name C or name O or name CB))"
+        " or (resname ACE and (name C or name O)) or (resname NME and name N) or (resname NHE and name N)"
+    ),
+    "heavy": "(protein or resname ACE or resname NME or resname NHE) and not element H",
+}
+
+
+@dataclass(frozen=True)
+class BeadMap:
+    """B beads as linear combinations of A atoms.
+
+    Attributes
+    ----------
+    site_weights : (B, A) float64, rows sum to 1
+    species : B names; beads of one species share every parameter of priors and network
+    masses : (B,) amu, masses of the beads in CG dynamics
+    bonds : (n, 2) int, pairs of bonded beads, each once with i < j
+    names : B bead names (atom names of the CG topology)
+    residues : B triples (residue name, residue number, chain index)
+    """
+
+    site_weights: NDArray[np.float64]
+    species: tuple[str, ...]
+    masses: NDArray[np.float64]
+    bonds: NDArray[np.int64]
+    names: tuple[str, ...]
+    residues: tuple[tuple[str, int, int], ...]
+
+    def __post_init__(self) -> None:
+        weights = np.asarray(self.site_weights, dtype=np.float64)
+        masses = np.asarray(self.masses, dtype=np.float64)
+        if weights.ndim != 2 or weights.shape[0] == 0:
+            raise MappingError("a bead map needs at least one bead", expected="weights (B, A)", got=weights.shape)
+        n_beads = weights.shape[0]
+        for label, values in (("species", self.species), ("masses", masses), ("names", self.names)):
+            if len(values) != n_beads:
+                raise MappingError(f"{label} do not match the beads", expected=n_beads, got=len(values))
+        if len(self.residues) != n_beads:
+            raise MappingError("residues do not match the beads", expected=n_beads, got=len(self.residues))
+        if not np.isfinite(weights).all():
+            raise MappingError("weights hold NaN or infinity")
+        sums = weights.sum(axis=1)
+        bad = np.flatnonzero(np.abs(sums - 1.0) > ROW_SUM_TOLERANCE)
+        if len(bad):
+            raise MappingError(
+                f"weights of bead {bad[0]} ({self.names[bad[0]]}) do not sum to 1", expected=1, got=float(sums[bad[0]])
+            )
+        if np.linalg.matrix_rank(weights) < n_beads:
+            raise MappingError(
+                "beads overlap: some bead is a combination of the others",
+                expected=f"{n_beads} independent beads",
+                got=int(np.linalg.matrix_rank(weights)),
+                hint="let every bead have an atom of its own",
+            )
+        if not (masses > 0).all():
+            bead = int(np.argmin(masses > 0))
+            raise MappingError(
+                f"bead {bead} ({self.names[bead]}) has no mass",
+                expected="a positive mass in amu",
+                got=float(masses[bead]),
+                hint="put beads on massive atoms, not on virtual sites",
+            )
+        object.__setattr__(self, "site_weights", weights)
+        object.__setattr__(self, "masses", masses)
+        object.__setattr__(self, "species", tuple(self.species))
+        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "bonds", _check_bonds(self.bonds, n_beads))
+
+    @property
+    def n_beads(self) -> int:
+        return int(self.site_weights.shape[0])
+
+    @property
+    def n_atoms(self) -> int:
+        return int(self.site_weights.shape[1])
+
+    @property
+    def hash(self) -> str:
+        """Identifies the map: weights, species and bonds."""
+        return compute_hash(self.site_weights, "\n".join(self.species), self.bonds)
+
+    def map_positions(self, positions: NDArray[Any]) -> NDArray[np.float64]:
+        """CG positions (..., B, 3) of atom positions (..., A, 3), nm."""
+        if positions.shape[-2:] != (self.n_atoms, 3):
+            raise MappingError(
+                "positions do not fit the map", expected=f"(..., {self.n_atoms}, 3)", got=positions.shape
+            )
+        return np.einsum("ba,...ad->...bd", self.site_weights, positions.astype(np.float64), optimize=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The map as JSON-ready values; :meth:`from_dict` with ``n_atoms`` gives it back."""
+        beads = []
+        for b in range(self.n_beads):
+            atoms = np.flatnonzero(self.site_weights[b])
+            name, number, chain = self.residues[b]
+            beads.append(
+                {
+                    "name": self.names[b],
+                    "species": self.species[b],
+                    "mass_amu": float(self.masses[b]),
+                    "atoms": atoms.tolist(),
+                    "weights": self.site_weights[b, atoms].tolist(),
+                    "residue": name,
+                    "residue_number": number,
+                    "chain": chain,
+                }
+            )
+        return {"beads": beads, "bonds": self.bonds.tolist(), "n_atoms": self.n_atoms}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], n_atoms: int | None = None, where: object = None) -> BeadMap:
+        """Build a map from the JSON contract ``{"beads": [...], "bonds": [...]}``.
+
+        Parameters
+        ----------
+        content : the parsed JSON
+        n_atoms : atoms of the molecule; taken from ``content["n_atoms"]`` where None
+        where : file name for error messages
+        """
+        try:
+            beads = list(content["beads"])
+            total = int(content["n_atoms"]) if n_atoms is None else n_atoms
+        except (KeyError, TypeError, ValueError) as error:
+            raise MappingError(
+                f"not a bead map ({error})", where=where, expected='{"beads": [...], "bonds": [...]}'
+            ) from error
+        weights = np.zeros((len(beads), total))
+        for b, bead in enumerate(beads):
+            _fill_row(weights[b], bead, b, where)
+        try:
+            return cls(
+                weights,
+                tuple(str(bead["species"]) for bead in beads),
+                np.array([float(bead["mass_amu"]) for bead in beads]),
+                np.asarray(content.get("bonds", []), dtype=np.int64).reshape(-1, 2),
+                tuple(str(bead["name"]) for bead in beads),
+                tuple(
+                    (str(bead.get("residue", "CG")), int(bead.get("residue_number", 1)), int(bead.get("chain", 0)))
+                    for bead in beads
+                ),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise MappingError(f"a bead lacks a field or has a wrong one ({error})", where=where) from error
+        except MappingError as error:
+            raise MappingError(str(error), where=where) from error
+
+    def save(self, path: PathLike) -> None:
+        """Write the map as JSON."""
+        from openmm_hvpcg.storage import write_json
+
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: PathLike, n_atoms: int | None = None) -> BeadMap:
+        """Read a map from JSON; ``n_atoms`` is needed where the file does not say it."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise MappingError("no such map file", where=path) from error
+        except (OSError, ValueError) as error:
+            raise MappingError(f"not JSON ({error})", where=path) from error
+        return cls.from_dict(content, n_atoms, where=path)
+
+    def to_topology(self) -> md.Topology:
+        """The CG topology with bonds; ``save_pdb`` of it writes CONECT records for VMD and PyMOL."""
+        import mdtraj as md
+
+        topology = md.Topology()
+        chains: dict[int, Any] = {}
+        residues: dict[tuple[str, int, int], Any] = {}
+        order: list[Any] = []
+        for name, key in zip(self.names, self.residues, strict=True):
+            if key[2] not in chains:
+                chains[key[2]] = topology.add_chain()
+            if key not in residues:
+                residues[key] = topology.add_residue(key[0], chains[key[2]], resSeq=key[1])
+            order.append(topology.add_atom(name, md.element.carbon, residues[key]))
+        if [a.index for a in topology.atoms] != list(range(self.n_beads)):
+            raise MappingError(
+                "beads of one residue must be consecutive", hint="reorder the beads by chain and residue"
+            )
+        for i, j in self.bonds:
+            topology.add_bond(order[i], order[j])
+        return topology
+
+
+def build_bead_map(beads: str, topology: md.Topology) -> BeadMap:
+    """Slice map from a preset (``ca``, ``backbone``, ``heavy``) or an mdtraj selection: one bead an atom.
+
+    Beads are bonded where the atoms between them, if any, are not beads. Species: the residue name for ``ca``,
+    else ``RESIDUE:ATOM``.
+
+    Raises
+    ------
+    MappingError
+        The selection is not valid, or empty.
+    """
+    selection = PRESETS.get(beads, beads)
+    try:
+        atoms = np.sort(np.asarray(topology.select(selection), dtype=int))
+    except Exception as error:
+        raise MappingError(
+            f"not a preset ({', '.join(PRESETS)}) or an mdtraj selection: {beads!r}",
+            hint='an example of a selection: "name CA or name CB"',
+        ) from error
+    if len(atoms) == 0:
+        raise MappingError(
+            f"the selection {beads!r} holds no atom", hint=f"the molecule has {topology.n_atoms} atoms; check the names"
+        )
+    sites = [topology.atom(i) for i in atoms]
+    massless = [a for a in sites if a.element is None or a.element.mass <= 0]
+    if massless:
+        raise MappingError(f"bead on the massless site {massless[0]}", hint="select massive atoms only")
+    weights = np.zeros((len(atoms), topology.n_atoms))
+    weights[np.arange(len(atoms)), atoms] = 1.0
+    species = [a.residue.name if beads == "ca" else f"{a.residue.name}:{a.name}" for a in sites]
+    return BeadMap(
+        weights,
+        tuple(species),
+        np.array([a.element.mass for a in sites]),
+        contract_bonds([(a.index, b.index) for a, b in topology.bonds], atoms.tolist(), topology.n_atoms),
+        tuple(a.name for a in sites),
+        tuple((a.residue.name, int(a.residue.resSeq), int(a.residue.chain.index)) for a in sites),
+    )
+
+
+def contract_bonds(bonds: Sequence[tuple[int, int]], atoms: Sequence[int], n_atoms: int) -> NDArray[np.int64]:
+    """Bonds between selected atoms: joined by a path of bonds whose inner atoms are not selected.
+
+    Returns (n, 2) indices into ``atoms``, i < j, sorted.
+    """
+    neighbours: list[list[int]] = [[] for _ in range(n_atoms)]
+    for i, j in bonds:
+        neighbours[i].append(j)
+        neighbours[j].append(i)
+    bead_of = {atom: bead for bead, atom in enumerate(atoms)}
+    found: set[tuple[int, int]] = set()
+    for atom, bead in bead_of.items():
+        seen, queue = {atom}, deque([atom])
+        while queue:
+            for neighbour in neighbours[queue.popleft()]:
+                if neighbour in seen:
+                    continue
+                seen.add(neighbour)
+                if neighbour in bead_of:
+                    found.add((min(bead, bead_of[neighbour]), max(bead, bead_of[neighbour])))
+                else:
+                    queue.append(neighbour)
+    return np.array(sorted(found), dtype=np.int64).reshape(-1, 2)
+
+
+def _fill_row(row: NDArray[np.float64], bead: Any, index: int, where: object) -> None:
+    try:
+        atoms, weights = [int(a) for a in bead["atoms"]], [float(w) for w in bead["weights"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise MappingError(f"bead {index} needs lists 'atoms' and 'weights' ({error})", where=where) from error
+    if len(atoms) != len(weights) or len(set(atoms)) != len(atoms):
+        raise MappingError(
+            f"bead {index}: atoms and weights must match, each atom once",
+            expected=f"{len(atoms)} weights",
+            got=len(weights),
+            where=where,
+        )
+    outside = [a for a in atoms if not 0 <= a < len(row)]
+    if outside:
+        raise MappingError(
+            f"bead {index} names an atom that does not exist",
+            expected=f"0 to {len(row) - 1}",
+            got=outside[0],
+            where=where,
+        )
+    row[atoms] = weights
+
+
+def _check_bonds(bonds: Any, n_beads: int) -> NDArray[np.int64]:
+    pairs = np.asarray(bonds, dtype=np.int64).reshape(-1, 2)
+    if len(pairs) and (pairs.min() < 0 or pairs.max() >= n_beads or (pairs[:, 0] == pairs[:, 1]).any()):
+        raise MappingError("a bond names beads that do not exist or joins a bead to itself", got=pairs.tolist())
+    return np.unique(np.sort(pairs, axis=1), axis=0).reshape(-1, 2)

@@ -1,0 +1,177 @@
+"""Files that are never half written: atomic text and bytes, versioned zarr stores, free space, hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openmm_hvpcg._version import __version__
+from openmm_hvpcg.errors import DataError, StorageError
+from openmm_hvpcg.units import UNITS
+
+PathLike = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def atomic_path(path: PathLike) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; on a clean exit it takes ``path``'s place, else it is removed."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with explain_disk_errors(target):
+            yield temporary
+            os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Write ``text`` to ``path``, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """Write ``value`` as readable JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+@contextlib.contextmanager
+def explain_disk_errors(where: object) -> Iterator[None]:
+    """Turn "no space left", "read-only" and "permission denied" into a :class:`StorageError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError(
+                "no space left on the disk", where=where, hint="free some space and run the same command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise StorageError(
+                f"cannot write ({error.strerror})", where=where, hint="choose an output folder you may write to"
+            ) from error
+        raise
+
+
+def check_free_space(path: PathLike, n_bytes: int) -> None:
+    """Raise :class:`StorageError` unless the disk that will hold ``path`` has ``n_bytes`` free."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise StorageError(
+            "not enough disk space",
+            expected=f"{n_bytes / 1e6:.1f} MB free",
+            got=f"{free / 1e6:.1f} MB",
+            where=path,
+            hint="free some space, or ask for fewer frames",
+        )
+
+
+def compute_hash(*parts: bytes | str | np.ndarray) -> str:
+    """SHA-256 of text, bytes and arrays (their dtype, shape and values), in order, as 64 hex digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype.str}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).tobytes())
+        else:
+            digest.update(part.encode() if isinstance(part, str) else part)
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def hash_file(path: PathLike) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def create_store(path: PathLike, kind: str, version: int, attributes: dict[str, Any]) -> Any:
+    """Create a zarr group of a kind and version of ours, with the package's units; refuse to overwrite.
+
+    It is built beside its place and moved in, so that a store that exists always has its header.
+    """
+    import zarr
+
+    target = Path(path)
+    if target.exists():
+        raise StorageError("already exists", where=target, hint="move it away or choose another path")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with explain_disk_errors(target):
+        header = {
+            "format": f"openmm-hvpcg/{kind}",
+            "format_version": version,
+            "units": UNITS,
+            "package_version": __version__,
+        }
+        zarr.open_group(str(temporary), mode="w", zarr_format=3, attributes={**header, **attributes})
+        os.replace(temporary, target)
+    return zarr.open_group(str(target), mode="r+")
+
+
+def open_store(path: PathLike, kind: str, version: int, mode: str = "r") -> Any:
+    """Open a store made by :func:`create_store`; check kind, format version and units.
+
+    Raises
+    ------
+    DataError
+        Not a store, another kind, a newer format, other units.
+    """
+    import zarr
+
+    if not Path(path).exists():
+        raise DataError(f"there is no {kind} store", where=path, hint="run the stage that writes it")
+    try:
+        group = zarr.open_group(str(path), mode=mode)  # type: ignore[arg-type]
+        attributes = dict(group.attrs)
+    except Exception as error:
+        raise DataError("not a readable zarr group", expected=f"{kind} store", where=path) from error
+    if attributes.get("format") != f"openmm-hvpcg/{kind}":
+        raise DataError(
+            "wrong kind of file", expected=f"openmm-hvpcg/{kind}", got=attributes.get("format", "none"), where=path
+        )
+    found = attributes.get("format_version")
+    if found != version:
+        newer = isinstance(found, int) and found > version
+        raise DataError(
+            f"format version is {'too new' if newer else 'not supported'}",
+            expected=version,
+            got=found,
+            where=path,
+            hint="upgrade openmm-hvpcg" if newer else "make the file again with this version",
+        )
+    if attributes.get("units") != UNITS:
+        raise DataError(
+            "units differ", expected=UNITS, got=attributes.get("units"), where=path, hint="convert the file"
+        )
+    return group
+
+
+def read_array(group: Any, name: str, path: PathLike, shape: tuple[int | None, ...] | None = None) -> np.ndarray:
+    """Read one array of a store whole; a missing, damaged or misshapen one is a :class:`DataError`."""
+    try:
+        values = np.asarray(group[name][...])
+    except KeyError as error:
+        raise DataError(f"array {name!r} is missing", where=path, hint="make the file again") from error
+    except Exception as error:
+        raise DataError(f"array {name!r} is damaged ({error})", where=path, hint="make the file again") from error
+    if shape is not None and (
+        values.ndim != len(shape)
+        or any(want is not None and want != have for want, have in zip(shape, values.shape, strict=True))
+    ):
+        raise DataError(f"array {name!r} has the wrong shape", expected=shape, got=values.shape, where=path)
+    return values

@@ -1,0 +1,1 @@
+"""From AA frames to projected forces and Hessian-vector products."""

@@ -1,0 +1,1 @@
+"""Energy modules: priors, networks, and their sum. They compute energies only; see ``training.derivatives``."""
