@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 #: Rows of M must sum to 1 within this: weights come from decimal JSON, so rounding in the last digits is expected.
 ROW_SUM_TOLERANCE = 1e-6
 
+#: mdtraj counts the caps as protein; the methyl of NME is called C and is no carbonyl.
 PRESETS = {
     "ca": "protein and name CA",
     "backbone": (
-        "(protein and (name N or name CA or name C or name O or name CB))"
-        " or (resname ACE and (name C or name O)) or (resname NME and name N) or (resname NHE and name N)"
+        "(protein and not resname NME and (name N or name CA or name C or name O or name CB))"
+        " or (resname NME and name N)"
     ),
-    "heavy": "(protein or resname ACE or resname NME or resname NHE) and not element H",
+    "heavy": "protein and not element H",
 }
 
 

@@ -1,0 +1,340 @@
+"""The report: one HTML file that needs nothing else, with tables, plots and what to look for in them."""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from openmm_hvpcg.analysis import plots
+from openmm_hvpcg.analysis.compare import BASINS, Comparison, without_arms
+from openmm_hvpcg.analysis.distributions import Landscape
+from openmm_hvpcg.analysis.divergences import Estimate
+from openmm_hvpcg.analysis.summary import Simulation, Training, find_arms, judge_arm
+from openmm_hvpcg.storage import PathLike, write_text
+
+logger = logging.getLogger(__name__)
+
+_STYLE = """
+body { font: 16px/1.55 system-ui, sans-serif; color: #1b1f24; max-width: 68rem; margin: 2rem auto; padding: 0
+1.25rem; } h1 { font-size: 1.8rem; margin-bottom: .2rem; } h2 { margin-top: 2.6rem; border-bottom: 1px solid
+#ccd3db; } h3 { margin: 1.8rem 0 .4rem; } p, figcaption { max-width: 60rem; } .lead { color: #4b5560;
+#ccd3db; margin-top: 0; }
+table { border-collapse: collapse; font-size: .87rem; margin: .8rem 0; } .wide { overflow-x: auto; }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #e2e7ec; vertical-align: top; }
+th { background: #f3f5f8; font-weight: 600; } td:first-child, th:first-child, .text { text-align: left; }
+td { font-variant-numeric: tabular-nums; } td.value { text-align: left; overflow-wrap: anywhere; }
+figure { margin: 1rem 0 1.8rem; } img { max-width: 100%; height: auto; } figcaption { color: #4b5560;
+font-size: .92rem; } .bad { background: #fff3e6; border-left: 4px solid #d55e00; padding: .5rem .9rem; } .dim
+{ color: #7a8490; }
+"""
+
+_CAPTIONS = {
+    "tica1": (
+        "Free energy along the slowest mode of the all-atom reference. Good: an arm's curve lies on the "
+        "black one, with its wells as deep and its barrier as high. Bands are one standard error from time "
+        "blocks. The grey margin holds what a model visits and the reference never does; its outermost bin "
+        "takes all that lies beyond."
+    ),
+    "tica12": (
+        "Free energy over the two slowest modes on one colour scale. The line bounds what the reference "
+        "visits. Good: the same basins in the same colours, none empty, and little outside the line."
+    ),
+    "phi_psi": (
+        "Ramachandran plane: free energy over phi and psi, one colour scale; the line bounds what the "
+        "reference visits. Good: C7eq/PII and alpha-R filled as in the reference, the region phi > 0 no "
+        "more than there."
+    ),
+    "coordinates": (
+        "Internal coordinates, of each kind the few whose distributions differ most from the reference; the "
+        "rest agree better. Good: curves on top of the black one. Too wide or shifted bonds and angles "
+        "point at the priors, wrong dihedrals at the network or at too little data."
+    ),
+    "size": "Overall size. Good: the same peak and width; small values mean that the model collapses.",
+    "training": (
+        "Error on validation data the fit never saw. The dashed line is the noise of the labels themselves: "
+        "no model can come below it, and a curve close to it is good, however large the number looks. A "
+        "curve that turns upwards overfits."
+    ),
+    "divergences": (
+        "Kullback-Leibler divergence of each arm from the reference; shorter is better. The dashed line is "
+        "what two halves of the reference differ by: below it, model and reference cannot be told apart "
+        "with this sampling."
+    ),
+}
+
+
+def write_report(
+    folder: PathLike,
+    comparisons: Mapping[str, Comparison],
+    training: Training,
+    simulation: Simulation,
+    provenance: Mapping[str, Any],
+    *,
+    title: str = "Coarse-grained potentials against the all-atom reference",
+) -> Path:
+    """Write ``folder/report.html``, one self-contained file, and return its path.
+
+    Parameters
+    ----------
+    comparisons : by molecule
+    training : by arm: ``curves`` (one dict an epoch) and the figures documented in ``SUMMARY_KEYS``
+    simulation : by molecule, then by arm: the simulation figures of ``SUMMARY_KEYS``, ``stable`` and
+        ``message``
+    provenance : what the study was made from; nested dictionaries become dotted rows
+    title : heading
+    """
+    molecules = list(dict.fromkeys([*comparisons, *simulation]))
+    status = {
+        m: {
+            arm: judge_arm(m, arm, comparisons.get(m), simulation)
+            for arm in find_arms(m, comparisons.get(m), training, simulation)
+        }
+        for m in molecules
+    }
+    # An unstable run may have frames, but its figures would mislead.
+    shown = {
+        m: without_arms(c, {arm: str(status[m][arm][1]) for arm in c.arms if status[m][arm][0] != "ok"})
+        for m, c in comparisons.items()
+    }
+    colours = plots.choose_colours(
+        list(dict.fromkeys([*training, *(arm for m in molecules for arm in status[m])]))
+    )
+    parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{_describe_study(molecules, colours)}</p>']
+    parts += ["<h2>What this was made from</h2>", _build_provenance(provenance)]
+    parts.append("<h2>Key figures</h2>")
+    parts.append(_build_key_table(shown, training, simulation, status))
+    parts.append(_embed(plots.plot_divergences(shown, colours), "divergences"))
+    for molecule in molecules:
+        parts.append(_build_molecule(molecule, shown.get(molecule), status[molecule], colours))
+    parts.append(_build_training(training, colours))
+    path = Path(folder) / "report.html"
+    write_text(path, _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(p for p in parts if p)))
+    logger.info("report written to %s", path)
+    return path
+
+
+_PAGE = (
+    '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    "<title>{title}</title><style>{style}</style></head>\n<body>\n{body}\n</body></html>\n"
+)
+
+
+def _describe_study(molecules: Sequence[str], arms: Mapping[str, str]) -> str:
+    return f"Molecules: {escape(', '.join(molecules) or 'none')}. Arms: {escape(', '.join(arms) or 'none')}."
+
+
+def _build_key_table(
+    comparisons: Mapping[str, Comparison],
+    training: Training,
+    simulation: Simulation,
+    status: Mapping[str, Mapping[str, tuple[str, str | None]]],
+) -> str:
+    head = [
+        "molecule", "arm", "KL mode 1", "KL modes 1-2", "JS mode 1", "JS modes 1-2",
+        "force error / noise (kJ/mol/nm)", "HVP error / noise (kJ/mol/nm²)",
+        "CG ns", "steps/s", "backend", "status",
+    ]  # fmt: skip
+    rows = []
+    for molecule, arms in status.items():
+        c = comparisons.get(molecule)
+        for arm, (state, _) in arms.items():
+            figures, run = training.get(arm, {}), simulation.get(molecule, {}).get(arm, {})
+            known = c if c is not None and arm in c.arms else None
+            spaces = (known.tica1, known.tica12) if known else (None, None)
+            rows.append(
+                [
+                    molecule,
+                    arm,
+                    *(_show_estimate(space.kl[arm] if space else None) for space in spaces),
+                    *(_show_estimate(space.js[arm] if space else None) for space in spaces),
+                    _show_pair(figures.get("force_rmse_validation"), figures.get("force_noise")),
+                    _show_pair(figures.get("hvp_rmse_validation"), figures.get("hvp_noise")),
+                    _show(run.get("simulated_ns")),
+                    _show(run.get("steps_per_second")),
+                    str(run.get("backend") or "–"),
+                    state,
+                ]
+            )
+        if c is not None:
+            floors = [_show(s.kl_floor if s else None) for s in (c.tica1, c.tica12)]
+            floors += [_show(s.js_floor if s else None) for s in (c.tica1, c.tica12)]
+            rows.append([molecule, "reference, half against half", *floors, *["–"] * 5, "sampling floor"])
+    note = (
+        "<p>Divergences are in nats, ± one standard error from time blocks; 0 means the same distribution. "
+        "Compare them with the sampling floor, and errors with the noise of the labels.</p>"
+    )
+    return note + _build_table(head, rows, n_text=2)
+
+
+def _build_molecule(
+    molecule: str,
+    comparison: Comparison | None,
+    status: Mapping[str, tuple[str, str | None]],
+    colours: plots.Colours,
+) -> str:
+    parts = [f"<h2>{escape(molecule)}</h2>"]
+    for arm, (state, message) in status.items():
+        if state != "ok":
+            parts.append(
+                f'<p class="bad">Arm <b>{escape(arm)}</b>: {escape(state)}. {escape(str(message))}</p>'
+            )
+    if comparison is None:
+        return "\n".join([*parts, "<p>There is no comparison of this molecule.</p>"])
+    c = comparison
+    parts.append(f"<p>{_describe_reference(c)}</p>")
+    parts += ["<h3>Slow modes</h3>", _embed(plots.plot_slow_mode(c, colours), "tica1")]
+    if c.tica12 is not None:
+        parts.append(_embed(plots.plot_plane(c, c.tica12), "tica12"))
+    if c.phi_psi is not None:
+        parts += ["<h3>Phi and psi</h3>", _embed(plots.plot_plane(c, c.phi_psi), "phi_psi")]
+        parts.append(_build_phi_psi_table(c, c.phi_psi))
+    parts += ["<h3>Size</h3>", _embed(plots.plot_size(c, colours), "size"), _build_size_table(c)]
+    parts += ["<h3>Internal coordinates</h3>", _embed(plots.plot_coordinates(c, colours), "coordinates")]
+    parts.append(_build_coordinate_table(c))
+    return "\n".join(parts)
+
+
+def _describe_reference(c: Comparison) -> str:
+    scales = [f"{t:.3g} ps" if np.isfinite(t) else "not resolved" for t in c.slow_modes.timescales_ps]
+    text = (
+        f"Reference: {c.n_frames_reference} frames, {c.reference_ns:.3g} ns, {c.temperature_K:g} K. TICA on "
+        f"{c.feature_note} at a lag of {c.slow_modes.lag_ps:.3g} ps; timescales of the slowest modes: "
+        f"{', '.join(scales)}. Frames used of the arms, after burn-in: "
+        f"{', '.join(f'{arm} {n}' for arm, n in c.n_frames.items()) or 'none'}."
+    )
+    if "distance" in c.feature_note and "dihedral" not in c.feature_note:
+        text += (
+            " Pair distances do not see handedness: a mirror image shows in the dihedrals, not in the modes."
+        )
+    outside = [f"{arm} {100 * share:.2g} %" for arm, share in c.tica1.outside.items() if share > 0]
+    if outside:
+        text += f" Frames beyond the reference's range of mode 1: {', '.join(outside)}."
+    return escape(text)
+
+
+def _build_phi_psi_table(c: Comparison, landscape: Landscape) -> str:
+    rows = []
+    for name, shares in c.populations.items():
+        label = plots.REFERENCE_LABEL if name is None else name
+        kl, js = (landscape.kl[name], landscape.js[name]) if name is not None else (None, None)
+        rows.append([label, *(_show_estimate(s) for s in shares), _show_estimate(kl), _show_estimate(js)])
+    note = (
+        "<p>Shares of frames in the basins (degrees): c7eq_pii, phi &lt; 0 or &gt; 130 with psi &gt; 50 or "
+        "&lt; -120; alpha_r, the same phi with psi from -120 to 50; alpha_l, phi 0 to 130 with psi 0 to "
+        "120; c7ax, the rest of phi 0 to 130.</p>"
+    )
+    return note + _build_table(["", *BASINS, "KL (nats)", "JS (nats)"], rows)
+
+
+def _build_size_table(c: Comparison) -> str:
+    rows = []
+    for observable in (c.radius_of_gyration, c.rmsd):
+        if observable is None:
+            continue
+        for name, moments in [(None, observable.reference), *observable.arms.items()]:
+            js = observable.landscape.js[name] if name is not None else None
+            label = plots.REFERENCE_LABEL if name is None else name
+            figures = (moments.mean, moments.std, js)
+            rows.append([observable.label, label, *(_show_estimate(f) for f in figures)])
+    return _build_table(["observable", "", "mean (nm)", "std (nm)", "JS (nats)"], rows, n_text=2)
+
+
+def _build_coordinate_table(c: Comparison) -> str:
+    head = ["coordinate", "kind", "unit", "reference mean", "reference std"]
+    for arm in c.arms:
+        head += [f"{arm} mean", f"{arm} std", f"{arm} JS"]
+    rows = []
+    for o in c.coordinates:
+        row = [o.label, o.kind, o.unit, _show_estimate(o.reference.mean), _show_estimate(o.reference.std)]
+        for arm in c.arms:
+            figures = (o.arms[arm].mean, o.arms[arm].std, o.landscape.js[arm])
+            row += [_show_estimate(f) for f in figures]
+        rows.append(row)
+    if not rows:
+        return ""
+    table = _build_table(head, rows, n_text=3)
+    return f"<details><summary>All {len(rows)} internal coordinates</summary>{table}</details>"
+
+
+def _build_training(training: Training, colours: plots.Colours) -> str:
+    if not training:
+        return ""
+    keys = {
+        "force_rmse_validation": "force error", "force_rmse_priors": "priors alone",
+        "force_noise": "force label noise", "hvp_rmse_validation": "HVP error",
+        "hvp_rmse_priors": "priors alone", "hvp_noise": "HVP target noise",
+        "n_frames": "frames", "epochs": "epochs", "wall_time_s": "wall time (s)",
+    }  # fmt: skip
+    rows = [[arm, *(_show(figures.get(key)) for key in keys)] for arm, figures in training.items()]
+    note = "<p>Rms per component on the validation set; forces in kJ/mol/nm, HVPs in kJ/mol/nm².</p>"
+    plot = _embed(plots.plot_training(training, colours), "training")
+    return "\n".join(["<h2>Training</h2>", plot, note, _build_table(["arm", *keys.values()], rows)])
+
+
+def _build_provenance(provenance: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f'<tr><td>{escape(key)}</td><td class="value">{escape(value)}</td></tr>'
+        for key, value in _flatten(provenance)
+    )
+    return f"<table>{rows}</table>" if rows else '<p class="dim">Nothing was recorded.</p>'
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        rows += _flatten(value, f"{name}.") if isinstance(value, Mapping) else [(name, str(value))]
+    return rows
+
+
+def _build_table(head: Sequence[str], rows: Sequence[Sequence[str]], n_text: int = 1) -> str:
+    """An HTML table; cells are escaped here, the first ``n_text`` columns are set left."""
+
+    def row(tag: str, cells: Sequence[str]) -> str:
+        left = [' class="text"' if c < n_text else "" for c in range(len(cells))]
+        return "".join(f"<{tag}{mark}>{escape(cell)}</{tag}>" for mark, cell in zip(left, cells, strict=True))
+
+    body = "".join(f"<tr>{row('td', cells)}</tr>" for cells in rows)
+    return f'<div class="wide"><table><tr>{row("th", head)}</tr>{body}</table></div>'
+
+
+def _embed(figure: Figure | None, caption: str) -> str:
+    if figure is None:
+        return ""
+    image = base64.b64encode(plots.render_png(figure)).decode("ascii")
+    text = escape(_CAPTIONS[caption])
+    picture = f'<img alt="{text}" src="data:image/png;base64,{image}">'
+    return f"<figure>{picture}<figcaption>{text}</figcaption></figure>"
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        return str(value)
+    number = float(value)
+    if not np.isfinite(number):
+        return "–"
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+
+
+def _show_pair(value: Any, noise: Any) -> str:
+    return f"{_show(value)} / {_show(noise)}" if value is not None or noise is not None else "–"
+
+
+def _show_estimate(found: Estimate | None) -> str:
+    """Value ± error, to the decimals that the error's first two digits call for."""
+    if found is None or not np.isfinite(found.value):
+        return "–"
+    if not np.isfinite(found.error) or found.error <= 0:
+        return f"{found.value:.3g}"
+    decimals = max(0, 1 - int(np.floor(np.log10(found.error))))
+    return f"{found.value:.{decimals}f} ± {found.error:.{decimals}f}"

@@ -1,0 +1,1 @@
+"""The atomistic side: inputs to systems, systems to frames."""

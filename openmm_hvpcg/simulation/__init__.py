@@ -1,0 +1,17 @@
+"""From a potential file to CG molecular dynamics in OpenMM; see :class:`CGPotential` and :func:`simulate`."""
+
+from openmm_hvpcg.simulation.check import PotentialCheck, check_potential
+from openmm_hvpcg.simulation.run import SimulationResult, load_result, simulate
+from openmm_hvpcg.simulation.serialization import load_system, save_system
+from openmm_hvpcg.simulation.system import CGPotential
+
+__all__ = [
+    "CGPotential",
+    "PotentialCheck",
+    "SimulationResult",
+    "check_potential",
+    "load_result",
+    "load_system",
+    "save_system",
+    "simulate",
+]

@@ -1,0 +1,460 @@
+"""CG molecular dynamics: Langevin, all replicas in one System; resumes after a kill, stops on a blow-up."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import platform as host
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openmm
+import torch
+from numpy.typing import NDArray
+from openmm import app, unit
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from openmm_hvpcg._version import __version__
+from openmm_hvpcg.config import SimulationSettings
+from openmm_hvpcg.errors import BackendError, InputError, StudyError, UnstableSimulationError
+from openmm_hvpcg.frames import check_finite
+from openmm_hvpcg.mapping import BeadMap
+from openmm_hvpcg.simulation.backends import (
+    choose_platform,
+    choose_torch_threads,
+    create_context,
+    resolve_backend,
+)
+from openmm_hvpcg.simulation.outputs import (
+    CHECKPOINT_NAME,
+    ENERGIES_NAME,
+    TOPOLOGY_NAME,
+    Checkpoint,
+    RunWriter,
+    load_checkpoint,
+    save_checkpoint,
+    trajectory_names,
+    write_topology,
+)
+from openmm_hvpcg.simulation.stability import build_limits, compute_temperatures, find_blow_up
+from openmm_hvpcg.simulation.system import CGPotential, CGTopology, load_any_potential
+from openmm_hvpcg.storage import PathLike, check_free_space, compute_hash, write_json
+from openmm_hvpcg.units import NS_PER_PS, PS_PER_FS, SECONDS_PER_DAY
+
+logger = logging.getLogger(__name__)
+
+STUDY_NAME = "run.json"
+RESULT_NAME = "result.json"
+#: Steps between looks at the replicas' health, at most.
+CHECK_STEPS = 100
+#: Calls after which TorchScript has settled: one or two profile it, the next optimises.
+WARM_UP_CALLS = 0
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """What ``result.json`` holds.
+
+    Attributes
+    ----------
+    stable : False if the run blew up; ``message`` then says where
+    n_steps, n_frames : done, each replica
+    simulated_ns : summed over replicas
+    steps_per_second, ns_per_day : the latter summed over replicas
+    trajectories : file names, one a replica, beside ``topology.pdb``
+    seed, potential_hash, settings, versions : what it takes to run it again
+    """
+
+    stable: bool
+    message: str
+    n_steps: int
+    n_frames: int
+    replicas: int
+    simulated_ns: float
+    wall_time_s: float
+    steps_per_second: float
+    ns_per_day: float
+    temperature_K: float
+    backend: str
+    platform: str
+    torch_threads: int
+    seed: int
+    potential_hash: str
+    trajectories: tuple[str, ...]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+
+def simulate(
+    potential: CGPotential | PathLike,
+    initial_positions: NDArray[Any],
+    settings: SimulationSettings,
+    out: PathLike,
+    *,
+    temperature_K: float | None = None,
+    topology: CGTopology = None,
+    progress: bool = True,
+    checkpoint_interval_s: float = 20.0,
+) -> SimulationResult:
+    """Run ``settings.replicas`` independent copies and write them to the folder ``out``.
+
+    ``out`` gets ``topology.pdb``, one trajectory a replica (each frame centred on its centroid),
+    ``energies.csv`` (total potential energy; kinetic temperature of each replica), ``run.json`` (what is
+    being run) and, at the end, ``result.json``. Called again on a killed run it goes on from the last
+    checkpoint, on the Reference platform bit for bit as if nothing had happened; called again on a finished
+    one it returns the stored result.
+
+    Parameters
+    ----------
+    potential : or the path of a potential file
+    initial_positions : (n, B, 3) nm, frames to start from; the replicas take evenly spaced ones
+    settings : the ``simulation`` section of a protocol
+    temperature_K : of the bath; the potential's own where None
+    topology : another molecule than the one the potential is bound to; see :meth:`CGPotential.createSystem`
+    progress : show a progress bar
+    checkpoint_interval_s : seconds of work that a kill may cost
+
+    Raises
+    ------
+    InputError
+        The frames do not fit the molecule.
+    StudyError
+        The folder holds a run of something else; what differs is named.
+    BackendError
+        Backend or platform cannot run here.
+    UnstableSimulationError
+        A replica blew up; good frames and ``result.json`` are kept.
+    """
+    potential = load_any_potential(potential)
+    molecule = potential.resolve_molecule(topology)
+    starts = choose_starts(initial_positions, molecule.n_beads, settings.replicas)
+    temperature = potential.spec.temperature_K if temperature_K is None else float(temperature_K)
+    if temperature != potential.spec.temperature_K:
+        logger.warning(
+            "simulating at %g K with a potential trained at %g K: it is a free energy at that temperature",
+            temperature,
+            potential.spec.temperature_K,
+        )
+    folder = Path(out)
+    study = {
+        "settings": settings.model_dump(),
+        "temperature_K": temperature,
+        "potential": potential.hash,
+        "molecule": compute_hash(molecule.hash, molecule.masses),
+        "initial positions": compute_hash(starts),
+    }
+    stored = _read_folder(folder, study)
+    if (folder / RESULT_NAME).exists():
+        return _return_stored(folder)
+    backend = resolve_backend(settings.backend) if stored is None else stored["backend"]
+    system = potential.createSystem(topology, settings.replicas, backend, settings.priors)
+    one_replica = potential.createTopology(topology)
+    if stored is None:
+        stored = _prepare_folder(folder, study, system, starts, one_replica, backend)
+    plan = _Plan(folder, stored, settings, molecule, one_replica, system, starts)
+    with _torch_threads(stored["torch_threads"]):
+        return _Run(plan, checkpoint_interval_s).run(progress)
+
+
+def choose_starts(initial_positions: NDArray[Any], n_beads: int, replicas: int) -> NDArray[np.float64]:
+    """Start positions (K, B, 3) nm: evenly spaced frames of (n, B, 3), repeated if there are fewer."""
+    frames = np.asarray(initial_positions)
+    if frames.ndim != 3 or frames.shape[1:] != (n_beads, 3) or len(frames) == 0:
+        raise InputError(
+            "initial positions do not fit the molecule", expected=f"(n, {n_beads}, 3) nm", got=frames.shape
+        )
+    check_finite(frames, "initial positions")
+    index = ((np.arange(replicas) + 0.5) * len(frames) / replicas).astype(int)
+    return frames[index].astype(np.float64)
+
+
+def load_result(folder: PathLike) -> SimulationResult:
+    """Read ``result.json`` of a finished run."""
+    path = Path(folder) / RESULT_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return SimulationResult(**{**content, "trajectories": tuple(content["trajectories"])})
+    except FileNotFoundError as error:
+        raise StudyError("no finished simulation", where=folder, hint="run the simulate stage") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise StudyError(f"not a simulation result ({error})", where=path) from error
+
+
+def _return_stored(folder: Path) -> SimulationResult:
+    result = load_result(folder)
+    if not result.stable:
+        raise UnstableSimulationError(result.message)
+    logger.info("%s is finished; nothing to run", folder)
+    return result
+
+
+def _read_folder(folder: Path, study: dict[str, Any]) -> dict[str, Any] | None:
+    """The stored run of ``folder`` if there is one and it is this one; None for a folder free to use."""
+    path = folder / STUDY_NAME
+    if not path.exists():
+        names = (RESULT_NAME, ENERGIES_NAME, CHECKPOINT_NAME, "replica_000.dcd", "replica_000.xtc")
+        found = [name for name in names if (folder / name).exists()]
+        if found:
+            raise StudyError(
+                f"the folder holds {found[0]} of an unknown run", where=folder, hint="choose another folder"
+            )
+        return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        old = {**stored["study"]["settings"], **{k: v for k, v in stored["study"].items() if k != "settings"}}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise StudyError(f"not a description of a run ({error})", where=path) from error
+    new = {**study["settings"], **{k: v for k, v in study.items() if k != "settings"}}
+    differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if differing:
+        raise StudyError(
+            "the folder holds a run with another " + ", ".join(differing),
+            expected=", ".join(f"{k} {_shorten(old.get(k))}" for k in differing),
+            got=", ".join(f"{k} {_shorten(new.get(k))}" for k in differing),
+            where=folder,
+            hint="choose another folder, or remove this one to run anew",
+        )
+    return stored
+
+
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 16 else text[:12] + "..."
+
+
+@contextlib.contextmanager
+def _torch_threads(n_threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _prepare_folder(
+    folder: Path,
+    study: dict[str, Any],
+    system: openmm.System,
+    starts: NDArray[np.float64],
+    topology: app.Topology,
+    backend: str,
+) -> dict[str, Any]:
+    """Decide how to run; write ``topology.pdb`` and, last, ``run.json``, which makes the folder ours."""
+    settings = study["settings"]
+    replicas, n_beads = starts.shape[:2]
+    check_free_space(folder, (settings["n_steps"] // settings["save_every"]) * replicas * n_beads * 12)
+    threads, timestep_ps = choose_torch_threads(n_beads, replicas), settings["timestep_fs"] * PS_PER_FS
+    with _torch_threads(threads):
+        choice = choose_platform(
+            system, starts.reshape(-1, 3), settings["platform"], timestep_ps, study["temperature_K"]
+        )
+    stored = {
+        "study": study,
+        "backend": backend,
+        "platform": choice.name,
+        "measured_steps_per_second": choice.steps_per_second,
+        "torch_threads": threads,
+    }
+    write_topology(folder / TOPOLOGY_NAME, topology, starts[0] - starts[0].mean(axis=0))
+    write_json(folder / STUDY_NAME, stored)
+    return stored
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything a run needs: where, how (``run.json``), of what, from where."""
+
+    folder: Path
+    stored: dict[str, Any]
+    settings: SimulationSettings
+    molecule: BeadMap
+    topology: app.Topology
+    system: openmm.System
+    starts: NDArray[np.float64]
+
+
+class _Run:
+    """One simulation in progress."""
+
+    def __init__(self, plan: _Plan, checkpoint_interval_s: float) -> None:
+        self.folder, self.stored, self.settings = plan.folder, plan.stored, plan.settings
+        self.molecule = plan.molecule
+        self.temperature: float = plan.stored["study"]["temperature_K"]
+        self.checkpoint_interval_s = checkpoint_interval_s
+        self.limits = build_limits(plan.starts, plan.molecule.bonds, self.temperature)
+        self.writer = RunWriter(
+            plan.folder,
+            plan.topology,
+            replicas=self.settings.replicas,
+            trajectory_format=self.settings.trajectory_format,
+            save_every=self.settings.save_every,
+            timestep_fs=self.settings.timestep_fs,
+        )
+        checkpoint = load_checkpoint(self.folder)
+        self.step = 0 if checkpoint is None else checkpoint.step
+        self.wall_before = 0.0 if checkpoint is None else checkpoint.wall_time_s
+        self.context = self._create_context(plan)
+        if checkpoint is None:
+            self.writer.start()
+            self.context.setPositions(plan.starts.reshape(-1, 3))
+            self.context.setVelocitiesToTemperature(self.temperature, self._derive_seed(1))
+        else:
+            logger.info("%s: going on from step %d", self.folder, self.step)
+            self.writer.resume(checkpoint)
+            self._load(checkpoint)
+
+    def _derive_seed(self, purpose: int) -> int:
+        """A seed for OpenMM, never its "choose one" 0.
+
+        It changes with the step a run resumes from: platforms other than Reference restart their noise there.
+        """
+        entropy = [self.settings.seed, purpose, self.step]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0] % (2**31 - 2)) + 1
+
+    def _create_context(self, plan: _Plan) -> openmm.Context:
+        integrator = openmm.LangevinMiddleIntegrator(
+            self.temperature, self.settings.friction_per_ps, self.settings.timestep_fs * PS_PER_FS
+        )
+        integrator.setRandomNumberSeed(self._derive_seed(0))
+        context = create_context(plan.system, integrator, self.stored["platform"])
+        # TorchScript rewrites itself during its first calls, which changes the last bits of its forces. Let that
+        # happen before the first step, so that a resumed run continues with the code it was interrupted in.
+        context.setPositions(plan.starts.reshape(-1, 3))
+        for _ in range(WARM_UP_CALLS):
+            context.getState(forces=True)
+            context.getState(energy=True)
+        return context
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        try:
+            self.context.loadCheckpoint(checkpoint.context)
+        except openmm.OpenMMException as error:
+            raise StudyError(
+                f"this OpenMM cannot read the checkpoint ({error})",
+                where=self.folder,
+                hint="resume on the machine it was written on, or remove the folder",
+            ) from error
+
+    def run(self, progress: bool) -> SimulationResult:
+        settings = self.settings
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+        )
+        self.started = last_checkpoint = time.perf_counter()
+        first = self.step
+        with Progress(*columns, disable=not progress) as bar:
+            task = bar.add_task(
+                f"simulate {self.folder.name}", total=settings.n_steps, completed=first, speed=""
+            )
+            while self.step < settings.n_steps:
+                self._advance()
+                now = time.perf_counter()
+                if now - last_checkpoint >= self.checkpoint_interval_s and self.step < settings.n_steps:
+                    self._checkpoint()
+                    last_checkpoint = now
+                speed = self._simulated_ns(self.step - first) / (now - self.started) * SECONDS_PER_DAY
+                bar.update(task, completed=self.step, speed=f"{speed:.3g} ns/day")
+        return self._finish(True, "finished")
+
+    def _advance(self) -> None:
+        """Integrate to the next look at the replicas; keep a frame where one is due."""
+        every = self.settings.save_every
+        n_steps = min(CHECK_STEPS, every - self.step % every, self.settings.n_steps - self.step)
+        try:
+            self.context.getIntegrator().step(n_steps)
+            state = self.context.getState(positions=True, velocities=True, energy=True)
+        except openmm.OpenMMException as error:
+            if "NaN" in str(error):
+                self._stop(self.step + n_steps, None, str(error))
+            raise BackendError(
+                f"OpenMM stopped after step {self.step} ({str(error).splitlines()[0]})", where=self.folder
+            ) from error
+        shape = (self.settings.replicas, self.molecule.n_beads, 3)
+        positions = state.getPositions(asNumpy=True).value_in_unit(unit.nanometer).reshape(shape)
+        velocities = state.getVelocities(asNumpy=True)
+        velocities = velocities.value_in_unit(unit.nanometer / unit.picosecond).reshape(shape)
+        energy = state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole)
+        with np.errstate(over="ignore", invalid="ignore"):
+            temperatures = compute_temperatures(velocities, self.molecule.masses)
+            found = find_blow_up(positions, temperatures, energy, self.molecule.bonds, self.limits)
+        if found is not None:
+            self._stop(self.step + n_steps, *found)
+        self.step += n_steps
+        if self.step % every == 0:
+            self.writer.add(self.step, positions, energy, temperatures)
+
+    def _stop(self, step: int, replica: int | None, what: str) -> None:
+        who = "a replica" if replica is None else f"replica {replica}"
+        kept = (self.step // self.settings.save_every) * self.settings.save_every
+        message = (
+            f"{self.folder}: {who} blew up by step {step}: {what}. Frames up to step {kept} are kept. "
+            "Try a shorter timestep_fs, or train longer or on more frames"
+        )
+        self._finish(False, message)
+        raise UnstableSimulationError(message)
+
+    def _checkpoint(self) -> None:
+        sizes = self.writer.flush()
+        wall = self.wall_before + time.perf_counter() - self.started
+        content = self.context.createCheckpoint()
+        save_checkpoint(self.folder, Checkpoint(content, self.step, self.writer.n_frames, sizes, wall))
+
+    def _simulated_ns(self, n_steps: int) -> float:
+        return n_steps * self.settings.replicas * self.settings.timestep_fs * PS_PER_FS * NS_PER_PS
+
+    def _finish(self, stable: bool, message: str) -> SimulationResult:
+        wall = self.wall_before + time.perf_counter() - self.started
+        self.writer.flush()
+        simulated = self._simulated_ns(self.step)
+        result = SimulationResult(
+            stable=stable,
+            message=message,
+            n_steps=self.step,
+            n_frames=self.writer.n_frames,
+            replicas=self.settings.replicas,
+            simulated_ns=simulated,
+            wall_time_s=wall,
+            steps_per_second=self.step / wall,
+            ns_per_day=simulated / wall * SECONDS_PER_DAY,
+            temperature_K=self.temperature,
+            backend=self.stored["backend"],
+            platform=self.stored["platform"],
+            torch_threads=self.stored["torch_threads"],
+            seed=self.settings.seed,
+            potential_hash=self.stored["study"]["potential"],
+            trajectories=tuple(
+                name
+                for name in trajectory_names(self.settings.replicas, self.settings.trajectory_format)
+                if (self.folder / name).exists()
+            ),
+            settings=self.stored["study"]["settings"],
+            versions=_collect_versions(),
+        )
+        write_json(self.folder / RESULT_NAME, asdict(result))
+        (self.folder / CHECKPOINT_NAME).unlink(missing_ok=True)
+        if stable:
+            logger.info(
+                "%s: %.0f steps/s, %.4g ns/day", self.folder, result.steps_per_second, result.ns_per_day
+            )
+        return result
+
+
+def _collect_versions() -> dict[str, str]:
+    versions = {"openmm-hvpcg": __version__, "python": host.python_version()}
+    for name in ("openmm", "torch", "openmmtorch", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

@@ -1,0 +1,503 @@
+"""Training: force matching and force + HVP matching of a network on top of fixed priors, by Lightning.
+
+The priors do not change while the network learns, so their forces and HVPs are taken out of the labels once, before
+training: with ``q' = q - F_prior`` and ``p' = p - H_prior v`` the residual ``d`` and the target are the same as for the
+total energy, and a step costs the network alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from openmm_hvpcg._version import __version__
+from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
+from openmm_hvpcg.errors import BackendError, DataError, StudyError
+from openmm_hvpcg.potential import PotentialSpec
+from openmm_hvpcg.prior_terms import PriorParameters
+from openmm_hvpcg.progress import track
+from openmm_hvpcg.storage import compute_hash, explain_disk_errors, write_json
+from openmm_hvpcg.training.batches import Batch, BatchSampler, FrameBatches, MoleculeTensors
+from openmm_hvpcg.training.dataset import LabelledFrames, split_by_time_blocks
+from openmm_hvpcg.training.derivatives import compute_forces, compute_forces_and_hvps
+from openmm_hvpcg.training.fit_priors import fit_priors
+from openmm_hvpcg.training.losses import LossScales, compute_hvp_target, force_loss, hvp_loss
+from openmm_hvpcg.training.models.schnet import build_network
+from openmm_hvpcg.training.models.total import TotalEnergy
+from openmm_hvpcg.training.noise import estimate_noise
+from openmm_hvpcg.units import compute_kt
+
+logger = logging.getLogger(__name__)
+
+RESULT_NAME = "training.json"
+EVALUATION_FRAMES = 256
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A trained potential: its network, its spec (priors, species, metrics) and the learning curves.
+
+    ``metrics`` keys: ``force_rmse_validation``, ``force_rmse_priors``, ``force_noise`` (kJ/mol/nm);
+    ``hvp_rmse_validation``, ``hvp_rmse_priors``, ``hvp_noise`` (kJ/mol/nm^2); all root mean squares per component;
+    ``n_frames``, ``n_validation_frames``, ``epochs``, ``best_epoch``, ``wall_time_s``, ``force_weight``, ``hvp_weight``.
+    """
+
+    network: torch.nn.Module
+    spec: PotentialSpec
+    metrics: dict[str, Any]
+    curves: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What training needs from the datasets: tensors without the priors' part, splits, scales, the spec."""
+
+    molecules: list[MoleculeTensors]
+    training: list[NDArray[np.int64]]
+    validation: list[NDArray[np.int64]]
+    scales: LossScales
+    prior_validation: tuple[float, float]
+    spec: PotentialSpec
+    beta: float
+
+
+def fit_potential(
+    datasets: Sequence[LabelledFrames],
+    training: TrainingSettings,
+    model: ModelSettings,
+    priors: PriorSettings,
+    folder: str | Path,
+    *,
+    arm: str = "",
+    progress: bool = True,
+) -> FitResult:
+    """Train one arm; resume it where it was killed; return the stored result where it is finished.
+
+    Parameters
+    ----------
+    datasets : labels of every training molecule, all at one temperature
+    training, model, priors : settings, an arm's overrides applied
+    folder : gets ``checkpoints/``, ``logs/`` (CSV and TensorBoard) and, at the end, ``training.json``
+    arm : name of the arm, recorded
+    progress : show a progress bar
+
+    Raises
+    ------
+    DataError
+        Datasets of different temperatures, too few frames.
+    StudyError
+        The folder holds a training with other settings or data.
+    BackendError
+        ``training.accelerator`` is cuda and there is none.
+    """
+    folder = Path(folder)
+    made_from = {
+        "arm": arm,
+        "training": training.model_dump(mode="json", exclude={"arms"}),
+        "model": model.model_dump(mode="json"),
+        "priors": priors.model_dump(mode="json"),
+        "datasets": {d.name: d.hash for d in datasets},
+    }
+    _check_folder(folder, made_from)
+    prepared = _prepare(datasets, training, model, priors, made_from)
+    if (folder / RESULT_NAME).exists():
+        logger.info("%s: training is finished already", folder)
+        return load_fit(folder)
+    with explain_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "made_from.json", made_from)
+        began = time.perf_counter()
+        recorder, checkpoint, trainer = _train(prepared, training, model, folder, progress)
+    best = Path(checkpoint.best_model_path)
+    network = _load_network(best, prepared.spec, model)
+    metrics = _evaluate(network, prepared, datasets)
+    metrics |= {
+        "n_frames": int(sum(len(t) for t in prepared.training)),
+        "n_validation_frames": int(sum(len(v) for v in prepared.validation)),
+        "epochs": int(trainer.current_epoch),
+        "best_epoch": int(torch.load(best, weights_only=True)["epoch"]),
+        "wall_time_s": recorder.seconds_before + time.perf_counter() - began,
+        "force_weight": training.force_weight,
+        "hvp_weight": training.hvp_weight,
+    }
+    if recorder.curves and recorder.curves[0]["val_loss"] < min(c["val_loss"] for c in recorder.curves[1:] or recorder.curves):
+        logger.warning("%s: no epoch was better than the priors alone; more frames or a smaller network may help", arm)
+    spec = PotentialSpec(**{**_spec_fields(prepared.spec), "metrics": metrics})
+    content = {"spec": json.loads(spec.to_json()), "best": best.name, "curves": recorder.curves, "metrics": metrics}
+    write_json(folder / RESULT_NAME, content)
+    return FitResult(network, spec, metrics, recorder.curves)
+
+
+def load_fit(folder: str | Path) -> FitResult:
+    """Read a finished training back.
+
+    Raises
+    ------
+    DataError
+        The folder holds none, or a damaged one.
+    """
+    path = Path(folder) / RESULT_NAME
+    if not path.exists():
+        raise DataError("no finished training", where=folder, hint="run the train stage; it resumes")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        spec = PotentialSpec.from_json(json.dumps(content["spec"]), where=path)
+        model = ModelSettings.model_validate(spec.model)
+        network = _load_network(Path(folder) / "checkpoints" / content["best"], spec, model)
+        return FitResult(network, spec, content["metrics"], content["curves"])
+    except (KeyError, ValueError, OSError, RuntimeError) as error:
+        raise DataError(f"the training result is damaged ({error})", where=path, hint="delete it and train again") from error
+
+
+class MatchingModule(lightning.LightningModule):
+    """Force and HVP matching of a network against labels without the priors' part."""
+
+    def __init__(
+        self, network: torch.nn.Module, settings: TrainingSettings, scales: LossScales, beta: float
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.settings = settings
+        self.scales = scales
+        self.beta = beta
+
+    def compute_losses(self, batch: Batch, with_hvps: bool, create_graph: bool) -> tuple[Tensor, Tensor | None]:
+        """Normalised force and HVP terms (see :mod:`openmm_hvpcg.training.losses`)."""
+
+        def energy(x: Tensor) -> Tensor:
+            return self.network(x, batch.species)
+
+        if not with_hvps:
+            return force_loss(compute_forces(energy, batch.positions, create_graph), batch.forces, self.scales), None
+        forces, hvps = compute_forces_and_hvps(energy, batch.positions, batch.probes, create_graph)
+        residual = batch.forces - forces
+        return (
+            force_loss(forces, batch.forces, self.scales),
+            hvp_loss(hvps, batch.hvps, residual, batch.probes, self.beta, self.scales),
+        )
+
+    def combine(self, force: Tensor, hvp: Tensor | None) -> Tensor:
+        loss = self.settings.force_weight * force
+        return loss if hvp is None else loss + self.settings.hvp_weight * hvp
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        loss = self.combine(*self.compute_losses(batch, self.settings.hvp_weight > 0, create_graph=True))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.positions))
+        return loss
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        force, hvp = self.compute_losses(batch, True, create_graph=False)
+        n = len(batch.positions)
+        self.log("val_force", force, batch_size=n)
+        self.log("val_hvp", hvp, batch_size=n)  # type: ignore[arg-type]
+        self.log("val_loss", self.combine(force, hvp), batch_size=n)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, factor=0.5, patience=max(1, self.settings.patience // 4)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
+
+
+class _Recorder(Callback):
+    """Learning curves in physical units, kept in the checkpoint; a progress bar; the time spent."""
+
+    def __init__(self, scales: LossScales, prior_validation: tuple[float, float], settings: TrainingSettings) -> None:
+        self.scales = scales
+        force, hvp = prior_validation
+        self.curves: list[dict[str, float]] = [
+            self._row(0, None, force, hvp, settings.force_weight * force + settings.hvp_weight * hvp)
+        ]
+        self.seconds_before = 0.0
+        self.advance: Any = lambda n: None
+
+    def _row(self, epoch: int, train: float | None, force: float, hvp: float, loss: float) -> dict[str, Any]:
+        return {
+            "epoch": epoch,
+            "train_loss": train,
+            "val_loss": loss,
+            "val_force_rmse": (force * self.scales.force) ** 0.5,
+            "val_hvp_rmse": (hvp * self.scales.hvp) ** 0.5,
+        }
+
+    def on_train_start(self, trainer: lightning.Trainer, _: lightning.LightningModule) -> None:
+        self._began = time.perf_counter()
+        self.advance(trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, _: lightning.LightningModule) -> None:
+        metric = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        self.curves.append(
+            self._row(
+                trainer.current_epoch + 1,
+                metric["train_loss"],
+                metric["val_force"],
+                metric["val_hvp"],
+                metric["val_loss"],
+            )
+        )
+        self.advance(1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"curves": self.curves, "seconds": self.seconds_before + time.perf_counter() - self._began}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.curves, self.seconds_before = state_dict["curves"], state_dict["seconds"]
+
+
+def _check_folder(folder: Path, made_from: dict[str, Any]) -> None:
+    path = folder / "made_from.json"
+    if not path.exists():
+        return
+    old = json.loads(path.read_text(encoding="utf-8"))
+    changed = []
+    for section, new in made_from.items():
+        if isinstance(new, dict):
+            before = old.get(section, {})
+            changed += [f"{section}.{k} ({before.get(k)} -> {new.get(k)})" for k in {**before, **new} if before.get(k) != new.get(k)]
+        elif old.get(section) != new:
+            changed.append(f"{section} ({old.get(section)} -> {new})")
+    if changed:
+        raise StudyError(
+            f"the training there was made from other settings: {', '.join(changed)}",
+            where=folder,
+            hint="choose another output folder, or delete this one to train again",
+        )
+
+
+def _prepare(
+    datasets: Sequence[LabelledFrames],
+    training: TrainingSettings,
+    model: ModelSettings,
+    priors: PriorSettings,
+    made_from: dict[str, Any],
+) -> _Prepared:
+    """Split, fit the priors on the training part alone, take them out of the labels, set the scales."""
+    if not datasets:
+        raise DataError("there is nothing to train on", expected="at least one dataset")
+    temperatures = {d.temperature_K for d in datasets}
+    if len(temperatures) > 1:
+        raise DataError("datasets of different temperatures cannot train one potential", got=sorted(temperatures))
+    temperature = temperatures.pop()
+    splits = [split_by_time_blocks(d.walker, training.validation_fraction, training.validation_blocks) for d in datasets]
+    parameters = fit_priors(
+        [(d.bead_map, d.positions[s[0]]) for d, s in zip(datasets, splits, strict=True)], priors, temperature
+    )
+    spec = _build_spec(datasets, parameters, model, temperature, made_from)
+    molecules = [_remove_priors(d, spec) for d in datasets]
+    beta = 1.0 / compute_kt(temperature)
+    scales = LossScales(*_mean_squares(molecules, [s[0] for s in splits], beta))
+    if not (scales.force > 0 and scales.hvp > 0):
+        raise DataError("the labels hold nothing to learn: forces or HVPs are all zero", where=datasets[0].name)
+    prior_force, prior_hvp = _mean_squares(molecules, [s[1] for s in splits], beta)
+    return _Prepared(
+        molecules,
+        [s[0] for s in splits],
+        [s[1] for s in splits],
+        scales,
+        (prior_force / scales.force, prior_hvp / scales.hvp),
+        spec,
+        beta,
+    )
+
+
+def _build_spec(
+    datasets: Sequence[LabelledFrames],
+    parameters: PriorParameters,
+    model: ModelSettings,
+    temperature_K: float,
+    made_from: dict[str, Any],
+) -> PotentialSpec:
+    species = sorted({s for d in datasets for s in d.bead_map.species})
+    masses: dict[str, float] = {}
+    sites: dict[str, str] = {}
+    for d in datasets:
+        for name, residue, kind, mass in zip(
+            d.bead_map.names, d.bead_map.residues, d.bead_map.species, d.bead_map.masses.tolist(), strict=True
+        ):
+            masses.setdefault(kind, mass)
+            sites.setdefault(f"{residue[0]}:{name}", kind)
+    return PotentialSpec(
+        tuple(species),
+        datasets[0].bead_map,
+        sites,
+        masses,
+        parameters,
+        model.cutoff_nm,
+        temperature_K,
+        model.model_dump(mode="json"),
+        {d.name: d.hash for d in datasets},
+        {},
+        {"made_from": made_from, "package_version": __version__, "torch_version": torch.__version__},
+    )
+
+
+def _spec_fields(spec: PotentialSpec) -> dict[str, Any]:
+    return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+
+
+def _remove_priors(dataset: LabelledFrames, spec: PotentialSpec) -> MoleculeTensors:
+    """The dataset's tensors with the priors' forces and HVPs subtracted, in double, then float32."""
+    bound = PotentialSpec(**{**_spec_fields(spec), "bead_map": dataset.bead_map})
+    total = TotalEnergy(torch.nn.Identity(), bound).double()
+    positions = torch.from_numpy(dataset.positions)
+    probes = torch.from_numpy(dataset.probes)
+    forces, hvps = torch.from_numpy(dataset.forces).clone(), torch.from_numpy(dataset.hvps).clone()
+    for start in range(0, len(positions), EVALUATION_FRAMES):
+        rows = slice(start, start + EVALUATION_FRAMES)
+        f, h = compute_forces_and_hvps(total.prior_energies, positions[rows].double(), probes[rows].double())
+        forces[rows] = (forces[rows].double() - f).float()
+        hvps[rows] = (hvps[rows].double() - h).float()
+    return MoleculeTensors(
+        positions, forces, probes, hvps, torch.from_numpy(spec.compute_species_index(dataset.bead_map))
+    )
+
+
+def _mean_squares(
+    molecules: Sequence[MoleculeTensors], frames: Sequence[NDArray[np.int64]], beta: float
+) -> tuple[float, float]:
+    """Mean squares per component of what the priors leave of forces and of HVP targets."""
+    force, hvp, n_force, n_hvp = 0.0, 0.0, 0, 0
+    for m, index in zip(molecules, frames, strict=True):
+        rows = torch.from_numpy(index)
+        d, p, v = m.forces[rows].double(), m.hvps[rows].double(), m.probes[rows].double()
+        target = compute_hvp_target(p, d, v, beta)
+        force, n_force = force + float((d**2).sum()), n_force + d.numel()
+        hvp, n_hvp = hvp + float((target**2).sum()), n_hvp + target.numel()
+    return force / n_force, hvp / n_hvp
+
+
+def _train(
+    prepared: _Prepared, settings: TrainingSettings, model: ModelSettings, folder: Path, progress: bool
+) -> tuple[_Recorder, ModelCheckpoint, lightning.Trainer]:
+    """Run Lightning to the end, from its last checkpoint where there is one."""
+    if settings.accelerator == "cuda" and not torch.cuda.is_available():
+        raise BackendError("training on cuda was asked for, and torch sees no GPU", hint="use accelerator: auto")
+    torch.manual_seed(settings.seed)
+    network = _new_network(prepared.spec, model)
+    module = MatchingModule(network, settings, prepared.scales, prepared.beta)
+    n_probes = [m.probes.shape[1] for m in prepared.molecules]
+    batches = FrameBatches(prepared.molecules)
+    loaders = [
+        DataLoader(
+            batches,
+            batch_size=None,
+            sampler=BatchSampler(frames, n_probes, size, shuffle=shuffle, seed=settings.seed),
+        )
+        for frames, size, shuffle in (
+            (prepared.training, settings.batch_size, True),
+            (prepared.validation, EVALUATION_FRAMES, False),
+        )
+    ]
+    checkpoints = folder / "checkpoints"
+    checkpoint = ModelCheckpoint(checkpoints, "best-{epoch}", monitor="val_loss", save_last=True)
+    recorder = _Recorder(prepared.scales, prepared.prior_validation, settings)
+    last = checkpoints / "last.ckpt"
+    with _quiet_lightning(), track(f"train {folder.name}", settings.max_epochs, "epochs", show=progress) as advance:
+        recorder.advance = advance
+        trainer = lightning.Trainer(
+            accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[settings.accelerator],
+            devices=1,
+            max_epochs=settings.max_epochs,
+            gradient_clip_val=settings.gradient_clip,
+            callbacks=[recorder, EarlyStopping("val_loss", patience=settings.patience), checkpoint],
+            logger=[CSVLogger(folder / "logs", name="", version="csv"), TensorBoardLogger(folder / "logs", name="", version="tensorboard")],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            inference_mode=False,  # validation needs gradients: forces and HVPs
+            use_distributed_sampler=False,
+            log_every_n_steps=1,
+        )
+        resume = str(last) if last.exists() else None
+        if resume:
+            logger.info("%s: training resumes from %s", folder.name, last)
+        trainer.fit(module, *loaders, ckpt_path=resume, weights_only=True)
+    return recorder, checkpoint, trainer
+
+
+def _new_network(spec: PotentialSpec, model: ModelSettings) -> torch.nn.Module:
+    return build_network(len(spec.species), model, energy_scale=compute_kt(spec.temperature_K))
+
+
+def _load_network(checkpoint: Path, spec: PotentialSpec, model: ModelSettings) -> torch.nn.Module:
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    network = _new_network(spec, model)
+    network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
+    return network.eval()
+
+
+def _evaluate(
+    network: torch.nn.Module, prepared: _Prepared, datasets: Sequence[LabelledFrames]
+) -> dict[str, Any]:
+    """Validation errors with all probes, those of the priors, and the noise of the labels."""
+    squares = np.zeros(4)
+    counts = np.zeros(2)
+    noise: list[dict[str, Any]] = []
+    for tensors, frames, dataset in zip(prepared.molecules, prepared.validation, datasets, strict=True):
+        residual, excess = _residuals(network, tensors, prepared.beta)
+        prior = compute_hvp_target(tensors.hvps, tensors.forces, tensors.probes, prepared.beta)
+        rows = torch.from_numpy(frames)
+        for k, values in enumerate((residual, tensors.forces, excess, prior)):
+            squares[k] += float((values[rows].double() ** 2).sum())
+        counts += [residual[rows].numel(), excess[rows].numel()]
+        found = estimate_noise(
+            dataset.positions, dataset.walker, residual.numpy(), dataset.probes, excess.numpy()
+        )
+        if found is not None:
+            noise.append({**asdict(found), "weight": len(dataset.positions)})
+    rmse = np.sqrt(squares / np.repeat(counts, 2))
+    weights = [n["weight"] for n in noise]
+    return {
+        "force_rmse_validation": float(rmse[0]),
+        "force_rmse_priors": float(rmse[1]),
+        "force_noise": _rms_average([n["force"] for n in noise], weights),
+        "hvp_rmse_validation": float(rmse[2]),
+        "hvp_rmse_priors": float(rmse[3]),
+        "hvp_noise": _rms_average([n["hvp"] for n in noise], weights),
+    }
+
+
+def _residuals(network: torch.nn.Module, tensors: MoleculeTensors, beta: float) -> tuple[Tensor, Tensor]:
+    """Force residuals (T, B, 3) and HVP residuals ``t(v) - H v`` (T, P, B, 3) of all frames."""
+    forces, hvps = [], []
+    for start in range(0, len(tensors.positions), EVALUATION_FRAMES):
+        rows = slice(start, start + EVALUATION_FRAMES)
+        f, h = compute_forces_and_hvps(lambda x: network(x, tensors.species), tensors.positions[rows], tensors.probes[rows])
+        d = tensors.forces[rows] - f
+        forces.append(d)
+        hvps.append(compute_hvp_target(tensors.hvps[rows], d, tensors.probes[rows], beta) - h)
+    return torch.cat(forces), torch.cat(hvps)
+
+
+def _rms_average(values: list[float], weights: list[int]) -> float | None:
+    return float(np.sqrt(np.average(np.square(values), weights=weights))) if values else None
+
+
+class _quiet_lightning(warnings.catch_warnings):
+    """Hide Lightning's banners and its advice on data-loader workers: the data sit in memory."""
+
+    def __enter__(self) -> Any:
+        result = super().__enter__()
+        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", module="torch.optim.lr_scheduler")
+        for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        return result

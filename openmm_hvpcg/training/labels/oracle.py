@@ -1,0 +1,131 @@
+"""AA forces from a pool of OpenMM Contexts, and what the System says about which atoms move together."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import mdtraj as md
+import numpy as np
+import openmm
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from openmm_hvpcg.errors import InputError
+
+
+class ForceOracle:
+    """Forces of many configurations of one System, computed by several Contexts in threads.
+
+    OpenMM releases the interpreter lock in force calls, so that threads scale; each worker has a Context of its own.
+    Virtual sites are placed from their parents before each call and get no force: OpenMM hands theirs to the parents.
+
+    Parameters
+    ----------
+    system : openmm.System
+    platform : name of the OpenMM platform
+    properties : platform properties
+    workers : Contexts working at once
+    """
+
+    def __init__(
+        self, system: openmm.System, platform: str, properties: dict[str, str] | None = None, workers: int = 1
+    ) -> None:
+        chosen = openmm.Platform.getPlatformByName(platform)
+        self.n_atoms = system.getNumParticles()
+        masses = [system.getParticleMass(i)._value for i in range(self.n_atoms)]
+        self._massless = np.flatnonzero(np.asarray(masses) == 0)
+        self._has_virtual_sites = any(system.isVirtualSite(i) for i in self._massless.tolist())
+        self._contexts = [
+            openmm.Context(system, openmm.VerletIntegrator(0.001), chosen, properties or {}) for _ in range(workers)
+        ]
+        self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
+
+    @property
+    def n_workers(self) -> int:
+        return len(self._contexts)
+
+    def __call__(self, positions: NDArray[Any], boxes: NDArray[Any] | None = None) -> NDArray[np.float64]:
+        """Forces (n, A, 3) kJ/mol/nm of positions (n, A, 3) nm in boxes (n, 3, 3) nm or None.
+
+        Raises
+        ------
+        InputError
+            Wrong number of atoms, or a configuration whose forces are not finite.
+        """
+        if positions.ndim != 3 or positions.shape[1:] != (self.n_atoms, 3):
+            raise InputError("positions do not fit the System", expected=f"(n, {self.n_atoms}, 3)", got=positions.shape)
+        forces = np.empty(positions.shape, dtype=np.float64)
+        if self._pool is None:
+            self._fill(self._contexts[0], positions, boxes, forces, 0, len(positions))
+        else:
+            edges = np.linspace(0, len(positions), self.n_workers + 1).astype(int).tolist()
+            jobs = [
+                self._pool.submit(self._fill, context, positions, boxes, forces, start, stop)
+                for context, start, stop in zip(self._contexts, edges, edges[1:], strict=False)
+            ]
+            for job in jobs:
+                job.result()
+        if len(self._massless):
+            forces[:, self._massless] = 0.0
+        if not np.isfinite(forces).all():
+            bad = int(np.argmin(np.isfinite(forces).reshape(len(forces), -1).all(axis=1)))
+            raise InputError(f"forces of configuration {bad} are not finite", hint="check that frame for overlaps")
+        return forces
+
+    def _fill(
+        self,
+        context: openmm.Context,
+        positions: NDArray[Any],
+        boxes: NDArray[Any] | None,
+        forces: NDArray[np.float64],
+        start: int,
+        stop: int,
+    ) -> None:
+        for i in range(start, stop):
+            if boxes is not None:
+                context.setPeriodicBoxVectors(*boxes[i].astype(np.float64))
+            context.setPositions(positions[i])
+            if self._has_virtual_sites:
+                context.computeVirtualSites()
+            forces[i] = context.getState(getForces=True).getForces(asNumpy=True)._value
+
+    def close(self) -> None:
+        """Stop the threads and free the Contexts."""
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._contexts.clear()
+
+    def __enter__(self) -> ForceOracle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def find_rigid_clusters(system: openmm.System) -> NDArray[np.int64]:
+    """Cluster index (A,) of each atom: atoms joined by constraints, also through a chain, share one."""
+    n_atoms = system.getNumParticles()
+    pairs = [system.getConstraintParameters(k)[:2] for k in range(system.getNumConstraints())]
+    return _label_components(pairs, n_atoms)
+
+
+def find_active_atoms(
+    system: openmm.System, topology: md.Topology, site_weights: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Atoms (A,) that a force map may weigh: massive, and bonded (through any chain) to an atom of a bead.
+
+    Solvent and other molecules without beads stay out. Virtual sites too: they move with their parents.
+    """
+    n_atoms = system.getNumParticles()
+    molecules = _label_components([(a.index, b.index) for a, b in topology.bonds], n_atoms)
+    used = np.abs(site_weights).sum(axis=0) > 0
+    massive = np.array([system.getParticleMass(i)._value > 0 for i in range(n_atoms)])
+    return np.isin(molecules, molecules[used]) & massive
+
+
+def _label_components(pairs: list[Any], n: int) -> NDArray[np.int64]:
+    index = np.array(pairs, dtype=int).reshape(-1, 2)
+    graph = coo_matrix((np.ones(len(index)), (index[:, 0], index[:, 1])), shape=(n, n))
+    return connected_components(graph, directed=False)[1].astype(np.int64)

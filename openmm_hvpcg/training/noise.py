@@ -1,0 +1,92 @@
+"""How much of the labels no model can explain: noise estimated from pairs of frames that look alike.
+
+Two frames with (nearly) the same beads but different hidden atoms have the same mean label, so half the mean square
+difference of their labels, turned onto each other, is the noise (a nearest-neighbour, or Gamma-test, estimate: Jones, Comput.
+Manag. Sci. 1, 109 (2004)). It is taken on a model's residuals, which vary far less from frame to frame than the labels do. What
+the neighbours still differ in beads adds to it: it leans towards too large. Frames close in time are never paired: their
+hidden atoms are alike too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+from scipy.spatial.transform import Rotation
+
+#: Frames of one walker closer than this many are not independent.
+MIN_SEPARATION = 20
+MAX_FRAMES = 4000
+
+
+@dataclass(frozen=True)
+class LabelNoise:
+    """Root mean square noise per component: ``force`` kJ/mol/nm, ``hvp`` kJ/mol/nm^2; ``n_pairs`` it rests on."""
+
+    force: float
+    hvp: float
+    n_pairs: int
+
+
+def estimate_noise(
+    positions: NDArray[np.floating],
+    walker: NDArray[np.int64],
+    force_residuals: NDArray[np.floating],
+    probes: NDArray[np.floating],
+    hvp_residuals: NDArray[np.floating],
+) -> LabelNoise | None:
+    """Noise of forces and HVP targets.
+
+    Parameters
+    ----------
+    positions : (T, B, 3) nm
+    walker : (T,)
+    force_residuals : (T, B, 3), projected force minus a model's force
+    probes : (T, P, B, 3), with E[v v^T] = 1
+    hvp_residuals : (T, P, B, 3), HVP target minus the model's HVP
+
+    Returns
+    -------
+    LabelNoise, or None where there are too few frames to pair.
+    """
+    frames = np.unique(np.linspace(0, len(positions) - 1, min(len(positions), MAX_FRAMES)).astype(int))
+    pairs = _pair_neighbours(positions[frames].astype(np.float64), frames, walker[frames])
+    if len(pairs) < 10:
+        return None
+    i, j = pairs[:, 0], pairs[:, 1]
+    turns = np.stack([_align(positions[a], positions[b]) for a, b in pairs])
+    d_i, d_j = force_residuals[i], force_residuals[j] @ turns
+    force = 0.5 * np.mean((d_i - d_j) ** 2)
+    n_components = positions.shape[1] * 3
+    v, e_i = probes[i].astype(np.float64), hvp_residuals[i].astype(np.float64)
+    w, e_j = probes[j].astype(np.float64) @ turns[:, None], hvp_residuals[j].astype(np.float64) @ turns[:, None]
+    # E|A v|^2 = |A|^2 for each frame; E[(w . A v)(v . B w)] = tr(A B) for the cross term, from independent probes.
+    own = 0.5 * ((e_i**2).sum((2, 3)).mean(1) + (e_j**2).sum((2, 3)).mean(1))
+    cross = np.einsum("nqbx,npbx->npq", w, e_i) * np.einsum("npbx,nqbx->npq", v, e_j)
+    hvp = (own - cross.mean((1, 2))).mean() / n_components
+    return LabelNoise(float(np.sqrt(force)), float(np.sqrt(max(hvp, 0.0))), len(pairs))
+
+
+def _pair_neighbours(
+    positions: NDArray[np.float64], frames: NDArray[np.int64], walker: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Each frame with its nearest frame, in bead distances, that is not near it in time; (n, 2) original indices."""
+    first, second = np.triu_indices(positions.shape[1], k=1)
+    features = np.linalg.norm(positions[:, first] - positions[:, second], axis=-1)
+    if features.shape[1] == 0 or len(features) < 2:
+        return np.empty((0, 2), dtype=np.int64)
+    neighbours = cKDTree(features).query(features, k=min(len(features), 2 * MIN_SEPARATION + 1))[1]
+    rows = np.arange(len(frames))[:, None]
+    apart = (walker[neighbours] != walker[:, None]) | (np.abs(frames[neighbours] - frames[:, None]) >= MIN_SEPARATION)
+    apart &= neighbours != rows
+    found = apart.any(axis=1)
+    nearest = neighbours[np.arange(len(frames)), apart.argmax(axis=1)]
+    return np.stack([frames[found], frames[nearest[found]]], axis=1)
+
+
+def _align(target: NDArray[np.floating], moving: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Matrix R (3, 3) with ``moving @ R`` closest to ``target``, both centred."""
+    rotation, _ = Rotation.align_vectors(target - target.mean(0), moving - moving.mean(0))
+    return rotation.as_matrix().T
