@@ -1,7 +1,8 @@
 """From a potential file to CG molecular dynamics in OpenMM; see :class:`CGPotential` and :func:`simulate`."""
 
 from openmm_hvpcg.simulation.check import PotentialCheck, check_potential
-from openmm_hvpcg.simulation.run import SimulationResult, load_result, simulate
+from openmm_hvpcg.simulation.results import SimulationResult, load_result
+from openmm_hvpcg.simulation.run import simulate
 from openmm_hvpcg.simulation.serialization import load_system, save_system
 from openmm_hvpcg.simulation.system import CGPotential
 

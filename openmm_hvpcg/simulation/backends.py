@@ -32,8 +32,8 @@ NETWORK_GROUP = 1
 #: Seconds of integration by which one platform is judged.
 MEASURE_SECONDS = 0.4
 
-#: Ordered pairs of beads, all replicas together, that keep one torch thread busy. Measured on two cores with the
-#: default network: a second thread gains nothing at 1600 pairs, a tenth to a third from 3200, a half at 50000.
+#: Ordered pairs of beads, all replicas together, that keep one torch thread busy. Measured on two cores with
+#: the default network: a second thread gains nothing at 1600 pairs, 10 to 40 % from 3200, 60 % at 50000.
 PAIRS_PER_THREAD = 1600
 
 

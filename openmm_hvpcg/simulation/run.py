@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import json
 import logging
-import platform as host
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,7 +17,6 @@ from numpy.typing import NDArray
 from openmm import app, unit
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from openmm_hvpcg._version import __version__
 from openmm_hvpcg.config import SimulationSettings
 from openmm_hvpcg.errors import BackendError, InputError, StudyError, UnstableSimulationError
 from openmm_hvpcg.frames import check_finite
@@ -33,7 +29,6 @@ from openmm_hvpcg.simulation.backends import (
 )
 from openmm_hvpcg.simulation.outputs import (
     CHECKPOINT_NAME,
-    ENERGIES_NAME,
     TOPOLOGY_NAME,
     Checkpoint,
     RunWriter,
@@ -42,6 +37,14 @@ from openmm_hvpcg.simulation.outputs import (
     trajectory_names,
     write_topology,
 )
+from openmm_hvpcg.simulation.results import (
+    RESULT_NAME,
+    STUDY_NAME,
+    SimulationResult,
+    collect_versions,
+    load_result,
+    read_study,
+)
 from openmm_hvpcg.simulation.stability import build_limits, compute_temperatures, find_blow_up
 from openmm_hvpcg.simulation.system import CGPotential, CGTopology, load_any_potential
 from openmm_hvpcg.storage import PathLike, check_free_space, compute_hash, write_json
@@ -49,46 +52,10 @@ from openmm_hvpcg.units import NS_PER_PS, PS_PER_FS, SECONDS_PER_DAY
 
 logger = logging.getLogger(__name__)
 
-STUDY_NAME = "run.json"
-RESULT_NAME = "result.json"
 #: Steps between looks at the replicas' health, at most.
 CHECK_STEPS = 100
 #: Calls after which TorchScript has settled: one or two profile it, the next optimises.
-WARM_UP_CALLS = 0
-
-
-@dataclass(frozen=True)
-class SimulationResult:
-    """What ``result.json`` holds.
-
-    Attributes
-    ----------
-    stable : False if the run blew up; ``message`` then says where
-    n_steps, n_frames : done, each replica
-    simulated_ns : summed over replicas
-    steps_per_second, ns_per_day : the latter summed over replicas
-    trajectories : file names, one a replica, beside ``topology.pdb``
-    seed, potential_hash, settings, versions : what it takes to run it again
-    """
-
-    stable: bool
-    message: str
-    n_steps: int
-    n_frames: int
-    replicas: int
-    simulated_ns: float
-    wall_time_s: float
-    steps_per_second: float
-    ns_per_day: float
-    temperature_K: float
-    backend: str
-    platform: str
-    torch_threads: int
-    seed: int
-    potential_hash: str
-    trajectories: tuple[str, ...]
-    settings: dict[str, Any]
-    versions: dict[str, str]
+WARM_UP_CALLS = 4
 
 
 def simulate(
@@ -149,7 +116,7 @@ def simulate(
         "molecule": compute_hash(molecule.hash, molecule.masses),
         "initial positions": compute_hash(starts),
     }
-    stored = _read_folder(folder, study)
+    stored = read_study(folder, study)
     if (folder / RESULT_NAME).exists():
         return _return_stored(folder)
     backend = resolve_backend(settings.backend) if stored is None else stored["backend"]
@@ -174,58 +141,12 @@ def choose_starts(initial_positions: NDArray[Any], n_beads: int, replicas: int) 
     return frames[index].astype(np.float64)
 
 
-def load_result(folder: PathLike) -> SimulationResult:
-    """Read ``result.json`` of a finished run."""
-    path = Path(folder) / RESULT_NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return SimulationResult(**{**content, "trajectories": tuple(content["trajectories"])})
-    except FileNotFoundError as error:
-        raise StudyError("no finished simulation", where=folder, hint="run the simulate stage") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise StudyError(f"not a simulation result ({error})", where=path) from error
-
-
 def _return_stored(folder: Path) -> SimulationResult:
     result = load_result(folder)
     if not result.stable:
         raise UnstableSimulationError(result.message)
     logger.info("%s is finished; nothing to run", folder)
     return result
-
-
-def _read_folder(folder: Path, study: dict[str, Any]) -> dict[str, Any] | None:
-    """The stored run of ``folder`` if there is one and it is this one; None for a folder free to use."""
-    path = folder / STUDY_NAME
-    if not path.exists():
-        names = (RESULT_NAME, ENERGIES_NAME, CHECKPOINT_NAME, "replica_000.dcd", "replica_000.xtc")
-        found = [name for name in names if (folder / name).exists()]
-        if found:
-            raise StudyError(
-                f"the folder holds {found[0]} of an unknown run", where=folder, hint="choose another folder"
-            )
-        return None
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        old = {**stored["study"]["settings"], **{k: v for k, v in stored["study"].items() if k != "settings"}}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise StudyError(f"not a description of a run ({error})", where=path) from error
-    new = {**study["settings"], **{k: v for k, v in study.items() if k != "settings"}}
-    differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    if differing:
-        raise StudyError(
-            "the folder holds a run with another " + ", ".join(differing),
-            expected=", ".join(f"{k} {_shorten(old.get(k))}" for k in differing),
-            got=", ".join(f"{k} {_shorten(new.get(k))}" for k in differing),
-            where=folder,
-            hint="choose another folder, or remove this one to run anew",
-        )
-    return stored
-
-
-def _shorten(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 16 else text[:12] + "..."
 
 
 @contextlib.contextmanager
@@ -324,8 +245,8 @@ class _Run:
         )
         integrator.setRandomNumberSeed(self._derive_seed(0))
         context = create_context(plan.system, integrator, self.stored["platform"])
-        # TorchScript rewrites itself during its first calls, which changes the last bits of its forces. Let that
-        # happen before the first step, so that a resumed run continues with the code it was interrupted in.
+        # TorchScript rewrites itself during its first calls, which changes the last bits of its forces. Let
+        # that happen before the first step, so that a resumed run goes on with the code it was killed in.
         context.setPositions(plan.starts.reshape(-1, 3))
         for _ in range(WARM_UP_CALLS):
             context.getState(forces=True)
@@ -439,7 +360,7 @@ class _Run:
                 if (self.folder / name).exists()
             ),
             settings=self.stored["study"]["settings"],
-            versions=_collect_versions(),
+            versions=collect_versions(),
         )
         write_json(self.folder / RESULT_NAME, asdict(result))
         (self.folder / CHECKPOINT_NAME).unlink(missing_ok=True)
@@ -448,13 +369,3 @@ class _Run:
                 "%s: %.0f steps/s, %.4g ns/day", self.folder, result.steps_per_second, result.ns_per_day
             )
         return result
-
-
-def _collect_versions() -> dict[str, str]:
-    versions = {"openmm-hvpcg": __version__, "python": host.python_version()}
-    for name in ("openmm", "torch", "openmmtorch", "numpy"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions

@@ -18,7 +18,7 @@ from openmm_hvpcg.simulation.backends import evaluate_script
 from openmm_hvpcg.simulation.check import check_potential
 from openmm_hvpcg.simulation.system import CGPotential
 from openmm_hvpcg.training.models.schnet import build_network
-from openmm_hvpcg.training.models.total import TotalEnergy, script_potential
+from openmm_hvpcg.training.models.total import TotalEnergy
 
 KINDS = get_args(ModelSettings.model_fields["kind"].annotation)
 SETTINGS = {"features": 16, "interactions": 2, "radial": 12, "cutoff_nm": 0.9}
@@ -30,6 +30,10 @@ def build_molecule(species: str) -> BeadMap:
     names = tuple(f"X{b}" for b in range(n_beads))
     residues = tuple(("CG", b + 1, 0) for b in range(n_beads))
     return BeadMap(np.eye(n_beads), tuple(species), np.full(n_beads, 15.0), bonds, names, residues)
+
+
+def script_potential(module: TotalEnergy) -> torch.jit.ScriptModule:
+    return torch.jit.script(module.eval())
 
 
 def build_model(kind: str, species: str = "ABCBA") -> tuple[TotalEnergy, PotentialSpec]:

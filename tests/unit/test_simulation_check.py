@@ -5,12 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from simulation_cases import BONDS, BRANCHED, build_eager, build_frames, build_molecule, build_priors
+from simulation_cases import (
+    BONDS,
+    BRANCHED,
+    build_eager,
+    build_frames,
+    build_molecule,
+    build_priors,
+    script_potential,
+)
 
 from openmm_hvpcg.errors import BackendError, InputError, PotentialError
 from openmm_hvpcg.simulation.check import check_potential
 from openmm_hvpcg.simulation.system import CGPotential
-from openmm_hvpcg.training.models.total import TotalEnergy, script_potential
+from openmm_hvpcg.training.models.total import TotalEnergy
 
 
 def test_sound_potential_passes() -> None:

@@ -26,7 +26,8 @@ from simulation_cases import (
 
 from openmm_hvpcg.config import SimulationSettings
 from openmm_hvpcg.errors import BackendError, InputError, StudyError, UnstableSimulationError
-from openmm_hvpcg.simulation.run import choose_starts, load_result, simulate
+from openmm_hvpcg.simulation.results import load_result
+from openmm_hvpcg.simulation.run import choose_starts, simulate
 from openmm_hvpcg.simulation.stability import build_limits, compute_temperatures
 from openmm_hvpcg.units import compute_kt
 

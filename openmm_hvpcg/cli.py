@@ -1,0 +1,227 @@
+"""The command line: parse, open the study, call one public function. Heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from openmm_hvpcg._version import __version__
+from openmm_hvpcg.errors import HVPCGError
+
+app = typer.Typer(
+    name="openmm-hvpcg",
+    help="Coarse-grained neural potentials by force and Hessian matching, from all-atom OpenMM to CG OpenMM.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+ProtocolArgument = Annotated[Path, typer.Argument(help="The protocol YAML of the study.", metavar="PROTOCOL.yaml")]
+OutOption = Annotated[Path, typer.Option("--out", help="The output folder; a run that was stopped goes on there.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key: section.key=value. May be repeated.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, warnings only.")]
+
+
+def main() -> None:
+    """Entry point: an error of ours is one line on standard error and its exit status."""
+    try:
+        app(standalone_mode=False)
+    except HVPCGError as error:
+        _say(f"error: {error}")
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        _say("stopped; run the same command again to go on")
+        sys.exit(130)
+    except Exception as error:
+        status = _explain_usage(error)
+        if status is None:
+            raise
+        sys.exit(status)
+
+
+def _explain_usage(error: Exception) -> int | None:
+    """Exit status for what typer raises, its message shown; None for anything else."""
+    if isinstance(error, OSError):
+        _say(f"error: {error.filename or 'file system'}: {error.strerror or error}")
+        return 1
+    show = getattr(error, "show", None)
+    if callable(show):
+        show()
+        return int(getattr(error, "exit_code", 2))
+    if type(error).__name__ in ("Abort", "Exit"):
+        return int(getattr(error, "exit_code", 1))
+    return None
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _run(protocol: Path, out: Path, overrides: list[str] | None, quiet: bool, stage: str | None) -> Any:
+    """Open the study and run one stage, or all."""
+    _start_logging(quiet)
+    from openmm_hvpcg.study.folder import open_study
+
+    study = open_study(protocol, out, overrides or (), progress=not quiet)
+    from openmm_hvpcg.study.stages import run_stage, run_study
+
+    result = run_study(study) if stage is None else run_stage(study, stage)
+    if stage in (None, "compare"):
+        _show_figures(study, result)
+    return result
+
+
+def _start_logging(quiet: bool) -> None:
+    from rich.logging import RichHandler
+
+    from openmm_hvpcg.progress import console
+
+    handler = RichHandler(console=console, show_path=False, show_level=True, log_time_format="%H:%M:%S", markup=False)
+    package = logging.getLogger("openmm_hvpcg")
+    package.handlers[:] = [handler]
+    package.setLevel(logging.INFO)
+    handler.setLevel(logging.WARNING if quiet else logging.INFO)
+    package.propagate = False
+
+
+def _show_figures(study: Any, summary: dict[str, Any]) -> None:
+    """The key figures as a table, and where the report lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="KL(reference || model), nats; errors from blocks")
+    for heading in ("molecule", "arm", "mode 1", "modes 1-2", "JS mode 1", "force error", "HVP error", "ns", "steps/s"):
+        table.add_column(heading)
+    for name, molecule in summary["molecules"].items():
+        for arm, f in molecule["arms"].items():
+            t = summary["arms"].get(arm, {})
+            table.add_row(
+                name,
+                arm if f["status"] == "ok" else f"{arm} ({f['status']})",
+                _with_error(f, "kl_tica1"),
+                _with_error(f, "kl_tica12"),
+                _with_error(f, "js_tica1"),
+                _number(t.get("force_rmse_validation")),
+                _number(t.get("hvp_rmse_validation")),
+                _number(f.get("simulated_ns")),
+                _number(f.get("steps_per_second")),
+            )
+    console = Console()
+    console.print(table)
+    console.print(f"report:  {study.report_folder / 'report.html'}", soft_wrap=True)
+    console.print(f"figures: {study.report_folder / 'summary.json'}", soft_wrap=True)
+
+
+def _with_error(figures: dict[str, Any], key: str) -> str:
+    value, error = figures.get(key), figures.get(f"{key}_error")
+    return _number(value) if value is None or error is None else f"{value:.3f} ± {error:.3f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+@app.command()
+def run(
+    protocol: ProtocolArgument, out: OutOption, set_: SetOption = None, quiet: QuietOption = False
+) -> None:
+    """Run all stages, from the molecules to the report; finished parts are skipped."""
+    _run(protocol, out, set_, quiet, None)
+
+
+def _add_stage(name: str, summary: str) -> None:
+    def command(
+        protocol: ProtocolArgument, out: OutOption, set_: SetOption = None, quiet: QuietOption = False
+    ) -> None:
+        _run(protocol, out, set_, quiet, name)
+
+    command.__doc__ = summary
+    app.command(name)(command)
+
+
+for _name, _summary in {
+    "sample": "All-atom molecular dynamics, or frames from trajectories.",
+    "label": "Projected forces and Hessian-vector products of the frames.",
+    "train": "Fit priors and network, one model an arm.",
+    "export": "Write and check each arm's potential file.",
+    "simulate": "Coarse-grained molecular dynamics with each potential.",
+    "compare": "Compare with the all-atom reference; write report.html and summary.json.",
+}.items():
+    _add_stage(_name, _summary)
+
+
+@app.command()
+def doctor() -> None:
+    """Check versions, platforms and backends; exit status 0 only if production can run here."""
+    from rich.console import Console
+
+    from openmm_hvpcg.doctor import render, run_doctor
+
+    report = run_doctor()
+    render(report, Console())
+    if not report.production_ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def config(
+    protocol: Annotated[Path | None, typer.Argument(help="A protocol to validate and resolve.")] = None,
+    defaults: Annotated[bool, typer.Option("--defaults", help="Show every key, its default and meaning.")] = False,
+    set_: SetOption = None,
+) -> None:
+    """Show all defaults, or a protocol with every default written out."""
+    from openmm_hvpcg import config as settings
+    from openmm_hvpcg.errors import ConfigError
+
+    if defaults:
+        typer.echo(settings.describe_defaults(), nl=False)
+    elif protocol is not None:
+        typer.echo(settings.dump_protocol(settings.load_protocol(protocol, set_ or ())), nl=False)
+    else:
+        raise ConfigError("nothing to show", hint="give --defaults, or a protocol YAML")
+
+
+@app.command("check-potential")
+def check_potential_command(
+    potential: Annotated[Path, typer.Argument(help="A potential file.")],
+    structure: Annotated[Path, typer.Argument(help="CG frames of its molecule (PDB, with bonds).")],
+) -> None:
+    """Verify a potential file: script = OpenMM, forces = -gradient, symmetries."""
+    import mdtraj as md
+    from rich.console import Console
+    from rich.table import Table
+
+    from openmm_hvpcg.errors import InputError
+    from openmm_hvpcg.simulation import check_potential
+
+    try:
+        frames = md.load(str(structure)).xyz
+    except Exception as error:
+        raise InputError(f"cannot be read ({error})", where=structure) from error
+    check = check_potential(potential, frames)
+    table = Table("check", "value", "tolerance", "")
+    for item in check.items:
+        table.add_row(item.name, f"{item.value:.2e}", f"{item.tolerance:.0e}", "ok" if item.passed else "FAILED")
+    Console().print(table)
+    check.raise_if_failed(where=potential)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"openmm-hvpcg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
