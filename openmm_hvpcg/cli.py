@@ -63,18 +63,19 @@ def _say(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
-def _run(protocol: Path, out: Path, overrides: list[str] | None, quiet: bool, stage: str | None) -> Any:
+def _run(protocol: Path, out: Path, overrides: list[str] | None, quiet: bool, stage: str | None) -> None:
     """Open the study and run one stage, or all."""
     _start_logging(quiet)
     from openmm_hvpcg.study.folder import open_study
 
     study = open_study(protocol, out, overrides or (), progress=not quiet)
-    from openmm_hvpcg.study.stages import run_stage, run_study
+    from openmm_hvpcg.study.stages import check_stable, run_stage, run_study
 
     result = run_study(study) if stage is None else run_stage(study, stage)
     if stage in (None, "compare"):
         _show_figures(study, result)
-    return result
+    if stage is None:
+        check_stable(study)
 
 
 def _start_logging(quiet: bool) -> None:
@@ -91,31 +92,44 @@ def _start_logging(quiet: bool) -> None:
 
 
 def _show_figures(study: Any, summary: dict[str, Any]) -> None:
-    """The key figures as a table, and where the report lies."""
+    """The key figures as two tables that fit 80 columns, and where the report lies."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title="KL(reference || model), nats; errors from blocks")
-    for heading in ("molecule", "arm", "mode 1", "modes 1-2", "JS mode 1", "force error", "HVP error", "ns", "steps/s"):
-        table.add_column(heading)
+    distances = _start_table(
+        "Distance from the all-atom reference, nats ± block error", "KL mode 1", "KL modes 1-2", "JS mode 1"
+    )
+    runs = _start_table(
+        "Validation error / label noise (kJ/mol/nm, kJ/mol/nm²), and simulation", "forces", "HVPs", "ns", "steps/s"
+    )
     for name, molecule in summary["molecules"].items():
         for arm, f in molecule["arms"].items():
             t = summary["arms"].get(arm, {})
-            table.add_row(
-                name,
-                arm if f["status"] == "ok" else f"{arm} ({f['status']})",
-                _with_error(f, "kl_tica1"),
-                _with_error(f, "kl_tica12"),
-                _with_error(f, "js_tica1"),
-                _number(t.get("force_rmse_validation")),
-                _number(t.get("hvp_rmse_validation")),
-                _number(f.get("simulated_ns")),
-                _number(f.get("steps_per_second")),
-            )
+            errors = [
+                f"{_number(t.get(f'{k}_rmse_validation'))} / {_number(t.get(f'{k}_noise'))}" for k in ("force", "hvp")
+            ]
+            if f["status"] == "ok":
+                figures = [_with_error(f, key) for key in ("kl_tica1", "kl_tica12", "js_tica1")]
+            else:
+                figures = [str(f["status"]), "-", "-"]
+            distances.add_row(name, arm, *figures)
+            runs.add_row(name, arm, *errors, _number(f.get("simulated_ns")), _number(f.get("steps_per_second")))
     console = Console()
-    console.print(table)
+    console.print(distances, runs)
     console.print(f"report:  {study.report_folder / 'report.html'}", soft_wrap=True)
     console.print(f"figures: {study.report_folder / 'summary.json'}", soft_wrap=True)
+
+
+def _start_table(title: str, *headings: str) -> Any:
+    """A table with a row for each molecule and arm; names may fold on a narrow terminal, numbers never do."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for heading in ("molecule", "arm"):
+        table.add_column(heading, overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
 def _with_error(figures: dict[str, Any], key: str) -> str:
@@ -124,21 +138,17 @@ def _with_error(figures: dict[str, Any], key: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    return "-" if value is None else f"{value:.3g}"
 
 
 @app.command()
-def run(
-    protocol: ProtocolArgument, out: OutOption, set_: SetOption = None, quiet: QuietOption = False
-) -> None:
+def run(protocol: ProtocolArgument, out: OutOption, set_: SetOption = None, quiet: QuietOption = False) -> None:
     """Run all stages, from the molecules to the report; finished parts are skipped."""
     _run(protocol, out, set_, quiet, None)
 
 
 def _add_stage(name: str, summary: str) -> None:
-    def command(
-        protocol: ProtocolArgument, out: OutOption, set_: SetOption = None, quiet: QuietOption = False
-    ) -> None:
+    def command(protocol: ProtocolArgument, out: OutOption, set_: SetOption = None, quiet: QuietOption = False) -> None:
         _run(protocol, out, set_, quiet, name)
 
     command.__doc__ = summary

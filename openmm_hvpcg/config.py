@@ -1,7 +1,8 @@
 """The protocol YAML: one validated model per section, every default in sight.
 
-:func:`load_protocol` reads a file, applies ``--set`` overrides and returns a :class:`Protocol`. Anything wrong is a
-:class:`~openmm_hvpcg.errors.ConfigError` of one line that names the key; an unknown key names the closest known one.
+:func:`load_protocol` reads a file, applies ``--set`` overrides and returns a :class:`Protocol`. Anything
+wrong is a :class:`~openmm_hvpcg.errors.ConfigError` of one line that names the key; an unknown key names the
+closest known one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from openmm_hvpcg.errors import ConfigError
 from openmm_hvpcg.storage import PathLike
@@ -25,6 +34,15 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Numbers in text are welcome (YAML reads 1e-3 as text), but yes, no, on and off are not 1 and 0.
+        field = cls.model_fields.get(info.field_name or "")
+        if isinstance(value, bool) and field is not None and field.annotation is not bool:
+            raise ValueError(f"expected no true or false, got {value}")
+        return value
+
 
 class InputSettings(Settings):
     """Where a molecule comes from: exactly one of sequence, pdb, prmtop, system_xml (the last with pdb)."""
@@ -36,13 +54,17 @@ class InputSettings(Settings):
     prmtop: str | None = Field(None, description="Amber topology")
     coordinates: str | None = Field(None, description="Amber coordinates (inpcrd, rst7)")
     system_xml: str | None = Field(None, description="serialized openmm.System; needs pdb")
-    force_field: str | list[str] = Field("amber14", description="amber14, amber99sbildn, charmm36 or OpenMM XML files")
+    force_field: str | list[str] = Field(
+        "amber14", description="amber14, amber99sbildn, charmm36 or OpenMM XML files"
+    )
     solvent: Literal["vacuum", "obc2", "explicit"] = Field("obc2", description="solvent model")
     hydrogen_mass_amu: float | None = Field(None, ge=1.0, le=4.0, description="hydrogen mass repartitioning")
     padding_nm: float = Field(1.0, gt=0, description="explicit solvent: distance from solute to box edge")
     ionic_strength_molar: float = Field(0.0, ge=0, description="explicit solvent: salt beyond neutralisation")
     trajectory: list[str] | None = Field(None, description="take frames from these files instead of sampling")
-    trajectory_interval_ps: float | None = Field(None, gt=0, description="time between their frames, if files lack it")
+    trajectory_interval_ps: float | None = Field(
+        None, gt=0, description="time between their frames, if files lack it"
+    )
 
     @field_validator("trajectory", mode="before")
     @classmethod
@@ -95,7 +117,9 @@ class SamplingSettings(Settings):
 class MappingSettings(Settings):
     """Atoms to beads."""
 
-    beads: str | dict[str, str] = Field("ca", description="ca, backbone, heavy, an mdtraj selection, or {json: FILE}")
+    beads: str | dict[str, str] = Field(
+        "ca", description="ca, backbone, heavy, an mdtraj selection, or {json: FILE}"
+    )
 
     @field_validator("beads")
     @classmethod
@@ -111,7 +135,9 @@ class LabelSettings(Settings):
     force_map: Literal["slice", "optimal"] = "optimal"
     probes_per_frame: int = Field(4, ge=1)
     probe_law: Literal["rademacher", "normal"] = "rademacher"
-    step_nm: float | Literal["auto"] = Field("auto", description="largest atom displacement of a finite difference")
+    step_nm: float | Literal["auto"] = Field(
+        "auto", description="largest atom displacement of a finite difference"
+    )
     max_frames: int | None = Field(None, ge=1, description="label at most this many frames, evenly spaced")
     platform: str = Field("auto", description="auto measures; or Reference, CPU, CUDA, OpenCL, HIP")
     precision: Precision = "auto"
@@ -274,9 +300,12 @@ def resolve_arm(protocol: Protocol, name: str) -> tuple[TrainingSettings, ModelS
             known = [*ModelSettings.model_fields, *TrainingSettings.model_fields]
             raise ConfigError(f"arm {name}: unknown key {key!r}{_closest(key, known)}")
     try:
-        return TrainingSettings.model_validate(training), ModelSettings.model_validate(model)
+        resolved = TrainingSettings.model_validate(training), ModelSettings.model_validate(model)
     except ValidationError as error:
         raise ConfigError(f"arm {name}: {_explain(error, TrainingSettings)}") from error
+    if resolved[0].force_weight == resolved[0].hvp_weight == 0:
+        raise ConfigError(f"arm {name}: force_weight and hvp_weight are both 0, so nothing is trained")
+    return resolved
 
 
 def load_protocol(path: PathLike, overrides: Sequence[str] = ()) -> Protocol:
@@ -285,18 +314,19 @@ def load_protocol(path: PathLike, overrides: Sequence[str] = ()) -> Protocol:
     Parameters
     ----------
     path : the YAML file
-    overrides : ``section.key=value`` each, value in YAML; ``molecules.0.input.sequence=AA`` reaches into lists
+    overrides : ``section.key=value`` each, value YAML; ``molecules.0.input.sequence=AA`` reaches into lists
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError("no such protocol file", where=path) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot be read ({error})", where=path) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not YAML ({error})", where=path) from error
+    content = _parse_yaml(text, path)
     if not isinstance(content, dict):
-        raise ConfigError("not a protocol", expected="sections with keys", got=type(content).__name__, where=path)
+        raise ConfigError(
+            "not a protocol", expected="sections with keys", got=type(content).__name__, where=path
+        )
     for override in overrides:
         _apply_override(content, override)
     return validate_protocol(content, where=path)
@@ -320,12 +350,11 @@ def dump_protocol(protocol: Protocol) -> str:
 def describe_defaults() -> str:
     """All sections with their defaults as YAML, each key's meaning as a comment."""
     lines = ["temperature_K: 300.0", "molecules:   # required", "  - name: NAME"]
-    lines += [f"    {key}: {_show(field)}" for key, field in MoleculeSettings.model_fields.items() if key == "role"]
+    molecule = MoleculeSettings.model_fields
+    lines.append(f"    role: {_show(molecule['role'])}")
     lines.append("    input:   # one of sequence, pdb, prmtop + coordinates, system_xml + pdb")
     lines += [f"      {key}: {_show(field)}" for key, field in InputSettings.model_fields.items()]
-    lines += [
-        f"    {key}: {_show(field)}" for key, field in MoleculeSettings.model_fields.items() if key == "native_pdb"
-    ]
+    lines.append(f"    native_pdb: {_show(molecule['native_pdb'])}")
     for name, field in Protocol.model_fields.items():
         if name in ("temperature_K", "molecules"):
             continue
@@ -343,14 +372,32 @@ def _show(field: Any) -> str:
     return f"{text}   # {field.description}" if field.description else text
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, where YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice!r} is given twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str, where: object) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader
+    # A date that does not exist is a ValueError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"not YAML ({error})", where=where) from error
+
+
 def _apply_override(content: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError("cannot read --set", expected="section.key=value", got=override)
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {key}: the value is not YAML ({error})") from error
+    value = _parse_yaml(text, f"--set {key}")
     node: Any = content
     *parents, last = key.split(".")
     for part in parents:

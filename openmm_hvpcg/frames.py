@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from openmm_hvpcg.errors import DataError, InputError
 from openmm_hvpcg.storage import (
     PathLike,
+    atomic_path,
     check_free_space,
     create_store,
     explain_disk_errors,
@@ -106,21 +107,39 @@ class Frames:
 
     def to_mdtraj(self) -> md.Trajectory:
         """The frames as an mdtraj trajectory (times restart with each walker)."""
-        index = np.concatenate([np.arange(len(p)) for p in self.split_walkers()]) if self.n_frames else []
-        trajectory = md.Trajectory(
-            self.positions, self.topology, time=np.asarray(index, dtype=np.float32) * self.interval_ps
-        )
+        index = np.zeros(self.n_frames, dtype=np.float32)
+        for w in np.unique(self.walker):
+            index[self.walker == w] = np.arange((self.walker == w).sum())
+        trajectory = md.Trajectory(self.positions, self.topology, time=index * self.interval_ps)
         if self.box is not None:
             trajectory.unitcell_vectors = self.box
         return trajectory
 
     def export(self, path: PathLike) -> None:
-        """Write the frames in any format mdtraj writes, chosen by the file name's ending."""
+        """Write the frames in any format mdtraj writes, chosen by its ending; whole or not at all.
+
+        Raises
+        ------
+        InputError
+            mdtraj does not write that format, not these frames in it, or only with a package that is missing.
+        """
         try:
-            with explain_disk_errors(path):
-                self.to_mdtraj().save(str(path))
-        except (ValueError, KeyError) as error:
-            raise InputError(f"cannot export frames ({error})", where=path, hint="use .dcd, .xtc, .h5 or .pdb") from error
+            with atomic_path(path) as temporary:
+                self.to_mdtraj().save(str(temporary))
+        except ImportError as error:
+            raise InputError(
+                f"exporting this format needs a package that is missing ({error.name or error})",
+                where=path,
+                hint="install it, or use .dcd, .xtc or .pdb",
+            ) from error
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            # mdtraj's OSError about an unknown ending has no errno; one of the file system has.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            problem = str(error).replace(str(temporary), str(path))
+            raise InputError(
+                f"cannot export frames ({problem})", where=path, hint="use .dcd, .xtc, .h5 or .pdb"
+            ) from error
 
     def save(self, path: PathLike) -> None:
         """Write all frames to a new store at ``path``."""
@@ -154,9 +173,9 @@ def check_finite(values: NDArray[Any], what: str, where: object = None) -> None:
 class FramesStore:
     """Frames on disk, written walker by walker as they are made.
 
-    Arrays ``positions`` (T, A, 3) float32, ``box`` (T, 3, 3) where periodic, ``walker`` (T,) and ``done`` (T,).
-    Walker ``w`` owns a contiguous block of rows. ``done`` is written after the positions it speaks of, so that
-    a kill at any moment loses only the frames being written.
+    Arrays ``positions`` (T, A, 3) float32, ``box`` (T, 3, 3) where periodic, ``walker`` (T,), ``done`` (T,).
+    Walker ``w`` owns a contiguous block of rows. ``done`` is written after the positions it speaks of: a kill
+    at any moment loses only the frames being written.
     """
 
     def __init__(self, path: PathLike, group: Any) -> None:
@@ -168,8 +187,10 @@ class FramesStore:
             self.topology = topology_from_json(group.attrs["topology"])
             self.attributes = dict(group.attrs)
             self.periodic = bool(group.attrs["periodic"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"header is incomplete ({error})", where=path, hint="make the file again") from error
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise DataError(
+                f"header is incomplete ({error})", where=path, hint="make the file again"
+            ) from error
         self._starts = np.concatenate([[0], np.cumsum(self.counts)]).astype(int)
 
     @classmethod
@@ -187,6 +208,25 @@ class FramesStore:
         """Make an empty store with room for ``frames_per_walker`` frames of each walker."""
         n_frames, n_atoms = int(sum(frames_per_walker)), topology.n_atoms
         check_free_space(path, n_frames * n_atoms * 12)
+        chunk = max(1, min([MAX_CHUNK_FRAMES, *frames_per_walker]))
+        walker = np.repeat(np.arange(len(frames_per_walker)), frames_per_walker)
+
+        def add_array(group: Any, name: str, *shape: int) -> None:
+            group.create_array(
+                name,
+                shape=(n_frames, *shape),
+                dtype="float32",
+                chunks=(chunk, *shape),
+                fill_value=float("nan"),
+            )
+
+        def add_arrays(group: Any) -> None:
+            add_array(group, "positions", n_atoms, 3)
+            if periodic:
+                add_array(group, "box", 3, 3)
+            group.create_array("walker", data=walker.astype(np.int64), chunks=(max(1, n_frames),))
+            group.create_array("done", shape=(n_frames,), dtype="uint8", chunks=(chunk,), fill_value=0)
+
         group = create_store(
             path,
             "frames",
@@ -199,23 +239,8 @@ class FramesStore:
                 "topology": topology_to_json(topology),
                 "provenance": provenance,
             },
+            add_arrays,
         )
-        chunk = max(1, min(MAX_CHUNK_FRAMES, *frames_per_walker))
-        with explain_disk_errors(path):
-            group.create_array(
-                "positions",
-                shape=(n_frames, n_atoms, 3),
-                dtype="float32",
-                chunks=(chunk, n_atoms, 3),
-                fill_value=float("nan"),
-            )
-            if periodic:
-                group.create_array(
-                    "box", shape=(n_frames, 3, 3), dtype="float32", chunks=(chunk, 3, 3), fill_value=float("nan")
-                )
-            walker = group.create_array("walker", shape=(n_frames,), dtype="int64", chunks=(max(1, n_frames),))
-            walker[:] = np.repeat(np.arange(len(frames_per_walker)), frames_per_walker)
-            group.create_array("done", shape=(n_frames,), dtype="uint8", chunks=(chunk,), fill_value=0)
         return cls(path, group)
 
     @classmethod
@@ -234,8 +259,13 @@ class FramesStore:
         return bool(read_array(self._group, "done", self.path).all())
 
     def append(self, walker: int, positions: NDArray[Any], box: NDArray[Any] | None = None) -> None:
-        """Add frames (n, A, 3) nm after the last finished one of ``walker``; safe to call from several threads."""
-        check_finite(positions, f"new positions of walker {walker}", self.path)
+        """Add frames (n, A, 3) nm after the last finished one of ``walker``; several threads may call it.
+
+        ``box`` (n, 3, 3) nm goes with them where the store is periodic.
+        """
+        self._check_new(walker, "positions", positions, (len(positions), self.topology.n_atoms, 3))
+        if self.periodic:
+            self._check_new(walker, "box vectors", box, (len(positions), 3, 3))
         with self._lock, explain_disk_errors(self.path):
             start = int(self._starts[walker]) + self.count_done(walker)
             stop = start + len(positions)
@@ -245,6 +275,17 @@ class FramesStore:
             if self.periodic:
                 self._group["box"][start:stop] = np.asarray(box, dtype=np.float32)
             self._group["done"][start:stop] = 1
+
+    def _check_new(self, walker: int, what: str, values: NDArray[Any] | None, shape: tuple[int, ...]) -> None:
+        if values is None or values.shape != shape:
+            got = "none" if values is None else values.shape
+            raise InputError(
+                f"new {what} of walker {walker} have the wrong shape",
+                expected=shape,
+                got=got,
+                where=self.path,
+            )
+        check_finite(values, f"new {what} of walker {walker}", self.path)
 
     def read(self) -> Frames:
         """All frames; raises :class:`DataError` if some are missing or damaged."""
@@ -260,13 +301,20 @@ class FramesStore:
         n_frames, n_atoms = int(self._starts[-1]), self.topology.n_atoms
         positions = read_array(self._group, "positions", self.path, (n_frames, n_atoms, 3))
         box = read_array(self._group, "box", self.path, (n_frames, 3, 3)) if self.periodic else None
-        if not np.isfinite(positions).all():
-            raise DataError("the file is truncated: finished frames have no positions", where=self.path)
+        walker = read_array(self._group, "walker", self.path, (n_frames,))
+        # A chunk that is not there reads as its fill value.
+        whole = np.isfinite(positions).all() and (box is None or np.isfinite(box).all())
+        if not whole or not np.array_equal(walker, np.repeat(np.arange(len(self.counts)), self.counts)):
+            raise DataError(
+                "the file is truncated: finished frames are not there",
+                where=self.path,
+                hint="make the file again",
+            )
         return Frames(
             positions,
             self.topology,
             float(self.attributes["temperature_K"]),
-            read_array(self._group, "walker", self.path, (n_frames,)),
+            walker,
             float(self.attributes["interval_ps"]),
             box,
             dict(self.attributes.get("provenance", {})),
@@ -279,7 +327,19 @@ def load_frames(path: PathLike) -> Frames:
 
 
 def topology_to_json(topology: md.Topology) -> str:
-    """Atoms, residues, chains and bonds of an mdtraj topology as JSON text."""
+    """Atoms, residues, chains and bonds of an mdtraj topology as JSON text.
+
+    Raises
+    ------
+    InputError
+        The atoms of a residue or chain are not consecutive: the text would put them in another order.
+    """
+    if [a.index for c in topology.chains for r in c.residues for a in r.atoms] != list(
+        range(topology.n_atoms)
+    ):
+        raise InputError(
+            "the atoms of a residue or chain are not consecutive", hint="reorder the atoms of the topology"
+        )
     chains = [
         [
             {

@@ -7,6 +7,7 @@ Only numpy is needed to use a map; building one from a selection takes an mdtraj
 from __future__ import annotations
 
 import json
+import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openmm_hvpcg.errors import MappingError
-from openmm_hvpcg.storage import PathLike, compute_hash
+from openmm_hvpcg.prior_terms import KEY_SEPARATOR
+from openmm_hvpcg.storage import PathLike, atomic_path, compute_hash, write_json, write_text
 
 if TYPE_CHECKING:
     import mdtraj as md
 
-#: Rows of M must sum to 1 within this: weights come from decimal JSON, so rounding in the last digits is expected.
+#: Rows of M must sum to 1 within this: weights come from decimal JSON, which rounds the last digits.
 ROW_SUM_TOLERANCE = 1e-6
 
 #: mdtraj counts the caps as protein; the methyl of NME is called C and is no carbonyl.
@@ -61,7 +63,9 @@ class BeadMap:
         weights = np.asarray(self.site_weights, dtype=np.float64)
         masses = np.asarray(self.masses, dtype=np.float64)
         if weights.ndim != 2 or weights.shape[0] == 0:
-            raise MappingError("a bead map needs at least one bead", expected="weights (B, A)", got=weights.shape)
+            raise MappingError(
+                "a bead map needs at least one bead", expected="weights (B, A)", got=weights.shape
+            )
         n_beads = weights.shape[0]
         for label, values in (("species", self.species), ("masses", masses), ("names", self.names)):
             if len(values) != n_beads:
@@ -74,13 +78,17 @@ class BeadMap:
         bad = np.flatnonzero(np.abs(sums - 1.0) > ROW_SUM_TOLERANCE)
         if len(bad):
             raise MappingError(
-                f"weights of bead {bad[0]} ({self.names[bad[0]]}) do not sum to 1", expected=1, got=float(sums[bad[0]])
+                f"weights of bead {bad[0]} ({self.names[bad[0]]}) do not sum to 1",
+                expected=1,
+                got=float(sums[bad[0]]),
             )
-        if np.linalg.matrix_rank(weights) < n_beads:
+        # Without the atoms no bead uses: solvent would make this slow.
+        rank = int(np.linalg.matrix_rank(weights[:, weights.any(axis=0)]))
+        if rank < n_beads:
             raise MappingError(
                 "beads overlap: some bead is a combination of the others",
                 expected=f"{n_beads} independent beads",
-                got=int(np.linalg.matrix_rank(weights)),
+                got=rank,
                 hint="let every bead have an atom of its own",
             )
         if not (masses > 0).all():
@@ -90,6 +98,11 @@ class BeadMap:
                 expected="a positive mass in amu",
                 got=float(masses[bead]),
                 hint="put beads on massive atoms, not on virtual sites",
+            )
+        unusable = [s for s in self.species if not s or KEY_SEPARATOR in s]
+        if unusable:
+            raise MappingError(
+                "unusable species name", expected=f"text without {KEY_SEPARATOR!r}", got=repr(unusable[0])
             )
         object.__setattr__(self, "site_weights", weights)
         object.__setattr__(self, "masses", masses)
@@ -147,14 +160,26 @@ class BeadMap:
         content : the parsed JSON
         n_atoms : atoms of the molecule; taken from ``content["n_atoms"]`` where None
         where : file name for error messages
+
+        Raises
+        ------
+        MappingError
+            Not a bead map, not admissible, or one of a molecule of another size.
         """
-        try:
-            beads = list(content["beads"])
-            total = int(content["n_atoms"]) if n_atoms is None else n_atoms
-        except (KeyError, TypeError, ValueError) as error:
+        if not isinstance(content, dict) or not isinstance(content.get("beads"), list):
+            raise MappingError("not a bead map", where=where, expected='{"beads": [...], "bonds": [...]}')
+        beads, total = content["beads"], content.get("n_atoms", n_atoms)
+        if not isinstance(total, int) or total < 1:
             raise MappingError(
-                f"not a bead map ({error})", where=where, expected='{"beads": [...], "bonds": [...]}'
-            ) from error
+                "n_atoms is missing or wrong", where=where, expected="a positive integer", got=total
+            )
+        if n_atoms not in (None, total):
+            raise MappingError(
+                "the map is of another molecule",
+                where=where,
+                expected=f"{n_atoms} atoms (molecule)",
+                got=f"{total} (map)",
+            )
         weights = np.zeros((len(beads), total))
         for b, bead in enumerate(beads):
             _fill_row(weights[b], bead, b, where)
@@ -163,10 +188,14 @@ class BeadMap:
                 weights,
                 tuple(str(bead["species"]) for bead in beads),
                 np.array([float(bead["mass_amu"]) for bead in beads]),
-                np.asarray(content.get("bonds", []), dtype=np.int64).reshape(-1, 2),
+                content.get("bonds", []),
                 tuple(str(bead["name"]) for bead in beads),
                 tuple(
-                    (str(bead.get("residue", "CG")), int(bead.get("residue_number", 1)), int(bead.get("chain", 0)))
+                    (
+                        str(bead.get("residue", "CG")),
+                        int(bead.get("residue_number", 1)),
+                        int(bead.get("chain", 0)),
+                    )
                     for bead in beads
                 ),
             )
@@ -177,8 +206,6 @@ class BeadMap:
 
     def save(self, path: PathLike) -> None:
         """Write the map as JSON."""
-        from openmm_hvpcg.storage import write_json
-
         write_json(path, self.to_dict())
 
     @classmethod
@@ -193,7 +220,7 @@ class BeadMap:
         return cls.from_dict(content, n_atoms, where=path)
 
     def to_topology(self) -> md.Topology:
-        """The CG topology with bonds; ``save_pdb`` of it writes CONECT records for VMD and PyMOL."""
+        """The CG topology with bonds."""
         import mdtraj as md
 
         topology = md.Topology()
@@ -214,12 +241,28 @@ class BeadMap:
             topology.add_bond(order[i], order[j])
         return topology
 
+    def save_pdb(self, path: PathLike, positions: NDArray[Any]) -> None:
+        """Write bead positions (B, 3) nm as a PDB with a CONECT record for every bond, for VMD and PyMOL.
+
+        mdtraj leaves the bonds of standard residues out; beads are too far apart for a viewer to guess them.
+        """
+        import mdtraj as md
+
+        trajectory = md.Trajectory(np.asarray(positions, dtype=np.float32)[None], self.to_topology())
+        with atomic_path(path) as temporary:
+            trajectory.save_pdb(str(temporary))
+            lines = temporary.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if not line.startswith(("CONECT", "END"))]
+        serials = [line[6:11] for line in kept if line.startswith(("ATOM", "HETATM"))]
+        bonds = [f"CONECT{serials[i]}{serials[j]}" for i, j in self.bonds]
+        write_text(path, "\n".join([*kept, *bonds, "END"]) + "\n")
+
 
 def build_bead_map(beads: str, topology: md.Topology) -> BeadMap:
     """Slice map from a preset (``ca``, ``backbone``, ``heavy``) or an mdtraj selection: one bead an atom.
 
-    Beads are bonded where the atoms between them, if any, are not beads. Species: the residue name for ``ca``,
-    else ``RESIDUE:ATOM``.
+    Beads are bonded where the atoms between them, if any, are not beads. Species: the residue name for
+    ``ca``, else ``RESIDUE:ATOM``.
 
     Raises
     ------
@@ -236,7 +279,8 @@ def build_bead_map(beads: str, topology: md.Topology) -> BeadMap:
         ) from error
     if len(atoms) == 0:
         raise MappingError(
-            f"the selection {beads!r} holds no atom", hint=f"the molecule has {topology.n_atoms} atoms; check the names"
+            f"the selection {beads!r} holds no atom",
+            hint=f"the molecule has {topology.n_atoms} atoms; check the names",
         )
     sites = [topology.atom(i) for i in atoms]
     massless = [a for a in sites if a.element is None or a.element.mass <= 0]
@@ -282,9 +326,11 @@ def contract_bonds(bonds: Sequence[tuple[int, int]], atoms: Sequence[int], n_ato
 
 def _fill_row(row: NDArray[np.float64], bead: Any, index: int, where: object) -> None:
     try:
-        atoms, weights = [int(a) for a in bead["atoms"]], [float(w) for w in bead["weights"]]
+        atoms, weights = [operator.index(a) for a in bead["atoms"]], [float(w) for w in bead["weights"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise MappingError(f"bead {index} needs lists 'atoms' and 'weights' ({error})", where=where) from error
+        raise MappingError(
+            f"bead {index} needs lists 'atoms' and 'weights' ({error})", where=where
+        ) from error
     if len(atoms) != len(weights) or len(set(atoms)) != len(atoms):
         raise MappingError(
             f"bead {index}: atoms and weights must match, each atom once",
@@ -304,7 +350,16 @@ def _fill_row(row: NDArray[np.float64], bead: Any, index: int, where: object) ->
 
 
 def _check_bonds(bonds: Any, n_beads: int) -> NDArray[np.int64]:
-    pairs = np.asarray(bonds, dtype=np.int64).reshape(-1, 2)
-    if len(pairs) and (pairs.min() < 0 or pairs.max() >= n_beads or (pairs[:, 0] == pairs[:, 1]).any()):
-        raise MappingError("a bond names beads that do not exist or joins a bead to itself", got=pairs.tolist())
+    try:
+        pairs = np.array([[operator.index(b) for b in bond] for bond in bonds], dtype=np.int64)
+    except (TypeError, ValueError) as error:
+        raise MappingError(f"bonds are not pairs of bead numbers ({error})") from error
+    if len(pairs) == 0:
+        return np.empty((0, 2), dtype=np.int64)
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise MappingError("bonds are not pairs of bead numbers", expected="(n, 2)", got=pairs.shape)
+    if pairs.min() < 0 or pairs.max() >= n_beads or (pairs[:, 0] == pairs[:, 1]).any():
+        raise MappingError(
+            "a bond names beads that do not exist or joins a bead to itself", got=pairs.tolist()
+        )
     return np.unique(np.sort(pairs, axis=1), axis=0).reshape(-1, 2)

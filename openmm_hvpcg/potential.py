@@ -1,22 +1,24 @@
 """The potential file: TorchScript plus a JSON spec, the one contract between training and simulation.
 
-The script maps positions (K*B, 3) nm of K independent copies of one molecule to the summed energy, kJ/mol. It has an
-attribute ``include_priors`` (bool): without the priors it is the network alone. The tensors that tie it to a molecule
-(its species, the indices and parameters of its prior terms) are buffers, so that :func:`bind_molecule` can point it at
-another molecule made of the same species.
+The script maps positions (K*B, 3) nm of K independent copies of one molecule to the summed energy, kJ/mol. It
+has an attribute ``include_priors`` (bool): without the priors it is the network alone. The tensors that tie
+it to a molecule (its species, the indices and parameters of its prior terms) are buffers, so that
+:func:`bind_molecule` can point it at another molecule made of the same species.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from openmm_hvpcg.errors import PotentialError
+from openmm_hvpcg.errors import MappingError, PotentialError
 from openmm_hvpcg.mapping import BeadMap
 from openmm_hvpcg.prior_terms import PriorParameters, PriorTerms, assign_prior_terms
 from openmm_hvpcg.storage import PathLike, atomic_path
@@ -76,14 +78,18 @@ class PotentialSpec:
         try:
             content = json.loads(text)
             if content["format"] != FORMAT:
-                raise PotentialError("wrong kind of file", expected=FORMAT, got=content["format"], where=where)
-            if content["format_version"] != FORMAT_VERSION:
                 raise PotentialError(
-                    "format version is not supported",
+                    "wrong kind of file", expected=FORMAT, got=content["format"], where=where
+                )
+            found = content["format_version"]
+            if found != FORMAT_VERSION:
+                newer = isinstance(found, int) and found > FORMAT_VERSION
+                raise PotentialError(
+                    f"format version is {'too new' if newer else 'not supported'}",
                     expected=FORMAT_VERSION,
-                    got=content["format_version"],
+                    got=found,
                     where=where,
-                    hint="export it again, or upgrade openmm-hvpcg",
+                    hint="upgrade openmm-hvpcg" if newer else "export it again with this version",
                 )
             if content["units"] != UNITS:
                 raise PotentialError("units differ", expected=UNITS, got=content["units"], where=where)
@@ -100,7 +106,7 @@ class PotentialSpec:
                 content["metrics"],
                 content["provenance"],
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, MappingError) as error:
             raise PotentialError(f"the spec is malformed ({error})", where=where) from error
 
     def compute_terms(self, bead_map: BeadMap | None = None) -> PriorTerms:
@@ -109,7 +115,7 @@ class PotentialSpec:
         return assign_prior_terms(self.priors, target.species, target.bonds)
 
     def compute_species_index(self, bead_map: BeadMap | None = None) -> np.ndarray:
-        """Embedding index (B,) of each bead's species; raises :class:`PotentialError` for one never trained on."""
+        """Embedding index (B,) of each bead's species; :class:`PotentialError` for one never trained on."""
         target = self.bead_map if bead_map is None else bead_map
         order = {name: i for i, name in enumerate(self.species)}
         unknown = sorted(set(target.species) - set(order))
@@ -126,8 +132,11 @@ def save_potential(path: PathLike, script: torch.jit.ScriptModule, spec: Potenti
     """Write script and spec to ``path``, whole or not at all."""
     import torch
 
+    # Through memory: torch hides the reason why it could not write a file.
+    content = io.BytesIO()
+    torch.jit.save(script, content, _extra_files={SPEC_NAME: spec.to_json()})
     with atomic_path(path) as temporary:
-        torch.jit.save(script, str(temporary), _extra_files={SPEC_NAME: spec.to_json()})
+        temporary.write_bytes(content.getvalue())
 
 
 def read_spec(path: PathLike) -> PotentialSpec:
@@ -146,7 +155,16 @@ def read_spec(path: PathLike) -> PotentialSpec:
             if name is None:
                 raise PotentialError("not a potential file: TorchScript without our spec", where=path)
             text = archive.read(name).decode("utf-8")
-    except (zipfile.BadZipFile, OSError, UnicodeDecodeError) as error:
+    # What the zip reader raises for a damaged archive.
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        OSError,
+        ValueError,
+    ) as error:
         raise PotentialError(f"not a potential file ({error})", where=path) from error
     return PotentialSpec.from_json(text, where=path)
 
@@ -165,7 +183,9 @@ def load_potential(path: PathLike) -> tuple[torch.jit.ScriptModule, PotentialSpe
     try:
         script = torch.jit.load(str(path), map_location="cpu")
     except RuntimeError as error:
-        raise PotentialError(f"the TorchScript is damaged ({str(error).splitlines()[0]})", where=path) from error
+        raise PotentialError(
+            f"the TorchScript is damaged ({str(error).splitlines()[0]})", where=path
+        ) from error
     return script.eval(), spec
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,25 @@ PathLike = str | os.PathLike[str]
 
 @contextlib.contextmanager
 def atomic_path(path: PathLike) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; on a clean exit it takes ``path``'s place, else it is removed."""
+    """Give a temporary path beside ``path``; on a clean exit it takes ``path``'s place, else it is removed.
+
+    It has the ending of ``path``, for writers that choose the format by it.
+    """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _temporary_path(target)
     try:
         with explain_disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where a file stands in the place of a folder there is no temporary file either.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _temporary_path(target: Path) -> Path:
+    return target.with_name(f".{os.getpid()}.tmp.{target.name}")
 
 
 def write_text(path: PathLike, text: str) -> None:
@@ -48,17 +57,27 @@ def write_json(path: PathLike, value: Any) -> None:
 
 @contextlib.contextmanager
 def explain_disk_errors(where: object) -> Iterator[None]:
-    """Turn "no space left", "read-only" and "permission denied" into a :class:`StorageError`."""
+    """Turn "no space left", "read-only", "permission denied", "not a folder" into a :class:`StorageError`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(
-                "no space left on the disk", where=where, hint="free some space and run the same command again"
+                "no space left on the disk",
+                where=where,
+                hint="free some space and run the same command again",
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise StorageError(
-                f"cannot write ({error.strerror})", where=where, hint="choose an output folder you may write to"
+                f"cannot write ({error.strerror})",
+                where=where,
+                hint="choose an output folder you may write to",
+            ) from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise StorageError(
+                f"cannot write: {error.filename or where} is in the way ({error.strerror})",
+                where=where,
+                hint="choose another output folder",
             ) from error
         raise
 
@@ -98,28 +117,41 @@ def hash_file(path: PathLike) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def create_store(path: PathLike, kind: str, version: int, attributes: dict[str, Any]) -> Any:
+def create_store(
+    path: PathLike,
+    kind: str,
+    version: int,
+    attributes: dict[str, Any],
+    add_arrays: Callable[[Any], None] | None = None,
+) -> Any:
     """Create a zarr group of a kind and version of ours, with the package's units; refuse to overwrite.
 
-    It is built beside its place and moved in, so that a store that exists always has its header.
+    It is built beside its place and moved in, so that a store that exists always has its header and what
+    ``add_arrays``, called with the new group, puts into it.
     """
     import zarr
 
     target = Path(path)
     if target.exists():
         raise StorageError("already exists", where=target, hint="move it away or choose another path")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with explain_disk_errors(target):
-        header = {
-            "format": f"openmm-hvpcg/{kind}",
-            "format_version": version,
-            "units": UNITS,
-            "package_version": __version__,
-        }
-        zarr.open_group(str(temporary), mode="w", zarr_format=3, attributes={**header, **attributes})
-        os.replace(temporary, target)
+    temporary = _temporary_path(target)
+    header: dict[str, Any] = {
+        "format": f"openmm-hvpcg/{kind}",
+        "format_version": version,
+        "units": UNITS,
+        "package_version": __version__,
+    }
+    try:
+        with explain_disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            group = zarr.open_group(
+                str(temporary), mode="w", zarr_format=3, attributes={**header, **attributes}
+            )
+            if add_arrays is not None:
+                add_arrays(group)
+            os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return zarr.open_group(str(target), mode="r+")
 
 
@@ -142,7 +174,10 @@ def open_store(path: PathLike, kind: str, version: int, mode: str = "r") -> Any:
         raise DataError("not a readable zarr group", expected=f"{kind} store", where=path) from error
     if attributes.get("format") != f"openmm-hvpcg/{kind}":
         raise DataError(
-            "wrong kind of file", expected=f"openmm-hvpcg/{kind}", got=attributes.get("format", "none"), where=path
+            "wrong kind of file",
+            expected=f"openmm-hvpcg/{kind}",
+            got=attributes.get("format", "none"),
+            where=path,
         )
     found = attributes.get("format_version")
     if found != version:
@@ -161,14 +196,18 @@ def open_store(path: PathLike, kind: str, version: int, mode: str = "r") -> Any:
     return group
 
 
-def read_array(group: Any, name: str, path: PathLike, shape: tuple[int | None, ...] | None = None) -> np.ndarray:
+def read_array(
+    group: Any, name: str, path: PathLike, shape: tuple[int | None, ...] | None = None
+) -> np.ndarray:
     """Read one array of a store whole; a missing, damaged or misshapen one is a :class:`DataError`."""
     try:
         values = np.asarray(group[name][...])
     except KeyError as error:
         raise DataError(f"array {name!r} is missing", where=path, hint="make the file again") from error
     except Exception as error:
-        raise DataError(f"array {name!r} is damaged ({error})", where=path, hint="make the file again") from error
+        raise DataError(
+            f"array {name!r} is damaged ({error})", where=path, hint="make the file again"
+        ) from error
     if shape is not None and (
         values.ndim != len(shape)
         or any(want is not None and want != have for want, have in zip(shape, values.shape, strict=True))

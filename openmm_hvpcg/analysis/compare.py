@@ -201,8 +201,7 @@ def without_arms(comparison: Comparison, arms: Mapping[str, str]) -> Comparison:
 
     def trim(landscape: Landscape) -> Landscape:
         chosen = {
-            name: {arm: getattr(landscape, name)[arm] for arm in keep}
-            for name in ("arms", "kl", "js", "outside")
+            name: {arm: getattr(landscape, name)[arm] for arm in keep} for name in ("arms", "kl", "js", "outside")
         }
         return replace(landscape, **chosen)  # type: ignore[arg-type]
 
@@ -312,9 +311,7 @@ def _compare_slow_modes(
     return modes, landscape(1, settings.bins), both
 
 
-def _compare_coordinates(
-    base: _Run, models: Mapping[str, _Run], n_bins: int, seed: int
-) -> tuple[Observable, ...]:
+def _compare_coordinates(base: _Run, models: Mapping[str, _Run], n_bins: int, seed: int) -> tuple[Observable, ...]:
     coordinates = obs.find_coordinates(base.frames.topology, base.frames)
     values = obs.compute_coordinates(base.frames, coordinates)
     arm_values = {arm: obs.compute_coordinates(run.frames, coordinates) for arm, run in models.items()}
@@ -342,9 +339,7 @@ def _compare_scalar(
     seed: int,
 ) -> Observable:
     arms = {arm: run.sample(compute(run.frames)) for arm, run in models.items()}
-    return compare_observable(
-        kind, label, "nm", base.sample(compute(base.frames)), arms, settings.bins, seed=seed
-    )
+    return compare_observable(kind, label, "nm", base.sample(compute(base.frames)), arms, settings.bins, seed=seed)
 
 
 def _compare_phi_psi(

@@ -161,9 +161,7 @@ def compare_observable(
 def compute_shares(assignment: Sample, n_states: int) -> list[Estimate]:
     """Share of frames in each of ``n_states`` states (values: state indices), with block errors."""
     states = assignment.values.astype(np.intp)
-    counts = np.array(
-        [np.bincount(states[block], minlength=n_states) for block in assignment.blocks], dtype=float
-    )
+    counts = np.array([np.bincount(states[block], minlength=n_states) for block in assignment.blocks], dtype=float)
     values, errors = jackknife(lambda n: n / n.sum(axis=-1, keepdims=True), counts)
     return [Estimate(float(v), float(e)) for v, e in zip(values, errors, strict=True)]
 

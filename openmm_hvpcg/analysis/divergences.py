@@ -116,9 +116,7 @@ def build_bins(
     return StateBins(tuple(edges), np.asarray(reduce(np.logical_and.outer, masks)))
 
 
-def compute_kl(
-    reference: FloatArray, model: FloatArray, inside: NDArray[np.bool_] | None = None
-) -> FloatArray:
+def compute_kl(reference: FloatArray, model: FloatArray, inside: NDArray[np.bool_] | None = None) -> FloatArray:
     """Kullback-Leibler divergence KL(reference || model) in nats of counts (..., K) over the last axis.
 
     Parameters

@@ -108,9 +108,7 @@ def find_coordinates(topology: md.Topology, reference: Frames) -> list[Coordinat
     bonds apart. Kinds with more than ``MAX_COORDINATES`` members are thinned evenly.
     """
     bonds, angles, dihedrals = find_bonded_terms(topology)
-    groups: list[
-        tuple[Literal["bond", "1-3 distance", "distance", "angle", "dihedral"], list[tuple[int, ...]]]
-    ]
+    groups: list[tuple[Literal["bond", "1-3 distance", "distance", "angle", "dihedral"], list[tuple[int, ...]]]]
     groups = [
         ("bond", list(bonds)),
         ("1-3 distance", sorted({(min(i, k), max(i, k)) for i, _, k in angles})),
@@ -193,11 +191,7 @@ def find_bonded_terms(
     bonds = sorted((i, j) for i, linked in enumerate(neighbours) for j in linked if i < j)
     angles = sorted((i, j, k) for j, linked in enumerate(neighbours) for i in linked for k in linked if i < k)
     dihedrals = sorted(
-        (i, j, k, m)
-        for j, k in bonds
-        for i in neighbours[j]
-        for m in neighbours[k]
-        if i != k and m != j and i != m
+        (i, j, k, m) for j, k in bonds for i in neighbours[j] for m in neighbours[k] if i != k and m != j and i != m
     )
     return bonds, angles, dihedrals
 

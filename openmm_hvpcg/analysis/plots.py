@@ -89,10 +89,7 @@ def plot_slow_mode(comparison: Comparison, colours: Colours) -> Figure:
 
 def plot_plane(comparison: Comparison, landscape: Landscape) -> Figure:
     """Free energies over two coordinates side by side; a line bounds what the reference visits."""
-    panels = [
-        (label, density)
-        for label, density, _ in _list_densities(landscape, dict.fromkeys(landscape.arms, ""))
-    ]
+    panels = [(label, density) for label, density, _ in _list_densities(landscape, dict.fromkeys(landscape.arms, ""))]
     n_columns = min(3, len(panels))
     n_rows = -(-len(panels) // n_columns)
     figure, axes = _make_figure(n_rows, n_columns, 3.4 * n_columns + 0.9, 3.3 * n_rows + 0.3)
@@ -103,14 +100,10 @@ def plot_plane(comparison: Comparison, landscape: Landscape) -> Figure:
     is_periodic = bool(landscape.bins.inside.all())
     mesh = None
     for ax, (label, _), energy in zip(axes, panels, energies, strict=False):
-        mesh = ax.pcolormesh(
-            *landscape.bins.edges, energy.T, cmap="viridis", vmin=0, vmax=top, rasterized=True
-        )
+        mesh = ax.pcolormesh(*landscape.bins.edges, energy.T, cmap="viridis", vmin=0, vmax=top, rasterized=True)
         _draw_boundary(ax, landscape.bins.edges, visited)
         ax.set_title(label, fontsize=10)
-        for axis, name, unit, span in zip(
-            (ax.xaxis, ax.yaxis), landscape.axes, landscape.units, spans, strict=True
-        ):
+        for axis, name, unit, span in zip((ax.xaxis, ax.yaxis), landscape.axes, landscape.units, spans, strict=True):
             axis.set_label_text(f"{name} ({unit})" if unit else name)
             axis.set_view_interval(*span, ignore=True)
             if is_periodic:
@@ -251,9 +244,7 @@ def _draw_density(ax: Axes, observable: Observable, colours: Colours) -> None:
     for label, density, colour in _list_densities(landscape, colours):
         low = np.maximum(density.values - density.errors, 0)
         ax.fill_between(x, low, density.values + density.errors, color=colour, alpha=0.2, linewidth=0)
-        ax.plot(
-            x, density.values, color=colour, label=label, linewidth=1.8 if label == REFERENCE_LABEL else 1.4
-        )
+        ax.plot(x, density.values, color=colour, label=label, linewidth=1.8 if label == REFERENCE_LABEL else 1.4)
     highest = max(density.values.max() for density in (landscape.reference, *landscape.arms.values()))
     ax.set_ylim(0, 1.05 * min(float(highest), MAX_DENSITY_RATIO * float(landscape.reference.values.max())))
     ax.set_xlabel(f"{observable.label} ({observable.unit})", fontsize=9)
@@ -264,10 +255,7 @@ def _draw_density(ax: Axes, observable: Observable, colours: Colours) -> None:
         ax.set_xticks([-180, -90, 0, 90, 180])
     else:
         seen = np.flatnonzero(
-            np.max(
-                [d.values / d.values.max() for d in (landscape.reference, *landscape.arms.values())], axis=0
-            )
-            > 2e-3
+            np.max([d.values / d.values.max() for d in (landscape.reference, *landscape.arms.values())], axis=0) > 2e-3
         )
         ax.set_xlim(landscape.bins.edges[0][seen[0]], landscape.bins.edges[0][seen[-1] + 1])
 

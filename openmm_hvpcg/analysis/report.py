@@ -103,9 +103,7 @@ def write_report(
         m: without_arms(c, {arm: str(status[m][arm][1]) for arm in c.arms if status[m][arm][0] != "ok"})
         for m, c in comparisons.items()
     }
-    colours = plots.choose_colours(
-        list(dict.fromkeys([*training, *(arm for m in molecules for arm in status[m])]))
-    )
+    colours = plots.choose_colours(list(dict.fromkeys([*training, *(arm for m in molecules for arm in status[m])])))
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{_describe_study(molecules, colours)}</p>']
     parts += ["<h2>What this was made from</h2>", _build_provenance(provenance)]
     parts.append("<h2>Key figures</h2>")
@@ -183,9 +181,7 @@ def _build_molecule(
     parts = [f"<h2>{escape(molecule)}</h2>"]
     for arm, (state, message) in status.items():
         if state != "ok":
-            parts.append(
-                f'<p class="bad">Arm <b>{escape(arm)}</b>: {escape(state)}. {escape(str(message))}</p>'
-            )
+            parts.append(f'<p class="bad">Arm <b>{escape(arm)}</b>: {escape(state)}. {escape(str(message))}</p>')
     if comparison is None:
         return "\n".join([*parts, "<p>There is no comparison of this molecule.</p>"])
     c = comparison
@@ -211,9 +207,7 @@ def _describe_reference(c: Comparison) -> str:
         f"{', '.join(f'{arm} {n}' for arm, n in c.n_frames.items()) or 'none'}."
     )
     if "distance" in c.feature_note and "dihedral" not in c.feature_note:
-        text += (
-            " Pair distances do not see handedness: a mirror image shows in the dihedrals, not in the modes."
-        )
+        text += " Pair distances do not see handedness: a mirror image shows in the dihedrals, not in the modes."
     outside = [f"{arm} {100 * share:.2g} %" for arm, share in c.tica1.outside.items() if share > 0]
     if outside:
         text += f" Frames beyond the reference's range of mode 1: {', '.join(outside)}."
@@ -281,8 +275,7 @@ def _build_training(training: Training, colours: plots.Colours) -> str:
 
 def _build_provenance(provenance: Mapping[str, Any]) -> str:
     rows = "".join(
-        f'<tr><td>{escape(key)}</td><td class="value">{escape(value)}</td></tr>'
-        for key, value in _flatten(provenance)
+        f'<tr><td>{escape(key)}</td><td class="value">{escape(value)}</td></tr>' for key, value in _flatten(provenance)
     )
     return f"<table>{rows}</table>" if rows else '<p class="dim">Nothing was recorded.</p>'
 

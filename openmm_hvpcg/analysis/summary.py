@@ -74,22 +74,13 @@ SUMMARY_KEYS: dict[str, str] = {
     "tica_n_dimensions": "dimensions left of them after removing constant and redundant ones",
     "tica_lag_ps": "lag of TICA (ps)",
     "tica_timescales_ps": "implied timescales of the slowest modes of the reference (ps)",
-    **{
-        f"kl_{s}": f"Kullback-Leibler divergence KL(reference || model) {w} (nats)"
-        for s, w in _SPACES.items()
-    },
-    **{
-        f"kl_{s}_error": f"its standard error from time blocks of both ({w}, nats)"
-        for s, w in _SPACES.items()
-    },
+    **{f"kl_{s}": f"Kullback-Leibler divergence KL(reference || model) {w} (nats)" for s, w in _SPACES.items()},
+    **{f"kl_{s}_error": f"its standard error from time blocks of both ({w}, nats)" for s, w in _SPACES.items()},
     **{
         f"js_{s}": f"Jensen-Shannon divergence of model and reference {w}, 0 to 0.693 (nats)"
         for s, w in _SPACES.items()
     },
-    **{
-        f"js_{s}_error": f"its standard error from time blocks of both ({w}, nats)"
-        for s, w in _SPACES.items()
-    },
+    **{f"js_{s}_error": f"its standard error from time blocks of both ({w}, nats)" for s, w in _SPACES.items()},
     **{
         f"{d}_{s}_sampling_floor": f"the same of one half of the reference against the other {w} (nats)"
         for d in ("kl", "js")
@@ -127,17 +118,13 @@ SUMMARY_KEYS: dict[str, str] = {
 }
 
 
-def find_arms(
-    molecule: str, comparison: Comparison | None, training: Training, simulation: Simulation
-) -> list[str]:
+def find_arms(molecule: str, comparison: Comparison | None, training: Training, simulation: Simulation) -> list[str]:
     """All arms a molecule must be reported for: trained, simulated or compared."""
     compared = [] if comparison is None else [*comparison.arms, *comparison.skipped]
     return list(dict.fromkeys([*training, *simulation.get(molecule, {}), *compared]))
 
 
-def judge_arm(
-    molecule: str, arm: str, comparison: Comparison | None, simulation: Simulation
-) -> tuple[str, str | None]:
+def judge_arm(molecule: str, arm: str, comparison: Comparison | None, simulation: Simulation) -> tuple[str, str | None]:
     """Status of an arm of a molecule (ok, unstable, skipped, missing), and a message where it is not ok."""
     run = simulation.get(molecule, {}).get(arm)
     message = str(run.get("message") or "") if run else ""
@@ -226,9 +213,7 @@ def _describe_reference(c: Comparison) -> dict[str, Any]:
     return figures
 
 
-def _describe_arm(
-    molecule: str, arm: str, comparison: Comparison | None, simulation: Simulation
-) -> dict[str, Any]:
+def _describe_arm(molecule: str, arm: str, comparison: Comparison | None, simulation: Simulation) -> dict[str, Any]:
     status, message = judge_arm(molecule, arm, comparison, simulation)
     run = simulation.get(molecule, {}).get(arm, {})
     figures: dict[str, Any] = {"status": status, "message": message}
@@ -250,9 +235,7 @@ def _describe_arm(
     if c is None:
         return figures
     figures |= _describe_populations(c, arm)
-    figures["observables"] = [
-        _describe_coordinate(o, o.arms[arm], o.landscape.js[arm]) for o in c.coordinates
-    ]
+    figures["observables"] = [_describe_coordinate(o, o.arms[arm], o.landscape.js[arm]) for o in c.coordinates]
     return figures
 
 

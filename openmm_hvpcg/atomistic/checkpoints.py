@@ -39,9 +39,7 @@ def read_checkpoint(path: Path) -> Checkpoint | None:
         header_line, _, state = path.read_bytes().partition(b"\n")
         header = json.loads(header_line)
         if header["sha256"] == compute_hash(state):
-            return Checkpoint(
-                int(header["frame"]), int(header["equilibrated"]), str(header["platform"]), state
-            )
+            return Checkpoint(int(header["frame"]), int(header["equilibrated"]), str(header["platform"]), state)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):

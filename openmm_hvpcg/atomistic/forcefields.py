@@ -42,9 +42,7 @@ class LoadedForceField:
     hashes: dict[str, str]
 
 
-def load_force_field(
-    force_field: str | list[str], *, explicit: bool, base: Path = Path(".")
-) -> LoadedForceField:
+def load_force_field(force_field: str | list[str], *, explicit: bool, base: Path = Path(".")) -> LoadedForceField:
     """Load a force field.
 
     Parameters
@@ -106,9 +104,7 @@ def explain_mismatch(
             where=where,
             hint="rename or remove it, or add a force-field XML with a template for it",
         )
-    missing, extra = min(
-        (_compare(residue, template) for template in templates), key=lambda d: len(d[0]) + len(d[1])
-    )
+    missing, extra = min((_compare(residue, template) for template in templates), key=lambda d: len(d[0]) + len(d[1]))
     hydrogens = [name for name, symbol in missing if symbol == "H"]
     heavy = [name for name, symbol in missing if symbol != "H"]
     if heavy:
@@ -121,9 +117,7 @@ def explain_mismatch(
             where=where,
             hint="add them, e.g. with Modeller.addHydrogens or pdbfixer",
         )
-    detail = (
-        f"has atoms the template lacks: {_list(extra)}" if extra else "has bonds or ends that fit no template"
-    )
+    detail = f"has atoms the template lacks: {_list(extra)}" if extra else "has bonds or ends that fit no template"
     return InputError(
         f"{label} {detail}{more}",
         where=where,

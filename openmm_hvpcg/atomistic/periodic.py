@@ -51,9 +51,7 @@ def wrap_molecules(
     values = np.asarray(positions, dtype=np.float64)
     vectors = np.asarray(box, dtype=np.float64)
     counts = np.bincount(molecules)
-    centroids = (
-        np.stack([np.bincount(molecules, weights=values[:, k]) for k in range(3)], axis=1) / counts[:, None]
-    )
+    centroids = np.stack([np.bincount(molecules, weights=values[:, k]) for k in range(3)], axis=1) / counts[:, None]
     anchor = centroids[0]
     offsets = centroids - anchor
     shifts = np.zeros_like(offsets)

@@ -116,9 +116,7 @@ def choose_platform(
         if named is None:
             raise BackendError(f"no platform {platform!r}", expected=f"auto or one of {', '.join(present)}")
         if named == "CPU" and precision == "double":
-            raise BackendError(
-                "the CPU platform has no double precision", hint="use Reference, or a GPU platform"
-            )
+            raise BackendError("the CPU platform has no double precision", hint="use Reference, or a GPU platform")
         return PlatformChoice(named, _properties(named, precision, threads), {}, f"{named}, as asked")
     probe = _Probe(system, np.asarray(positions, dtype=np.float64), box, purpose)
     rates: dict[str, float] = {}

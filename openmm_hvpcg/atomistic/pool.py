@@ -134,9 +134,7 @@ class WalkerPool:
                     hint="run again: it resumes; if it happens again, try another platform",
                 ) from error
 
-    def _prepare(
-        self, walker: int
-    ) -> tuple[WalkerJob, NDArray[np.float64], NDArray[np.float64] | None, bytes]:
+    def _prepare(self, walker: int) -> tuple[WalkerJob, NDArray[np.float64], NDArray[np.float64] | None, bytes]:
         """Where the walker stands: its job, positions and box to start from, and checkpoint."""
         settings, stored = self._settings, self._store.count_done(walker)
         checkpoint = read_checkpoint(self._checkpoint_path(walker))
@@ -157,9 +155,7 @@ class WalkerPool:
         if checkpoint is None and stored:
             logger.warning("walker %d: goes on from frame %d with fresh velocities", walker, stored - 1)
         first = checkpoint.frame if checkpoint else stored
-        equilibrated = (
-            checkpoint.equilibrated if checkpoint else (settings.equilibration_steps if stored else 0)
-        )
+        equilibrated = checkpoint.equilibrated if checkpoint else (settings.equilibration_steps if stored else 0)
         # Generators that a checkpoint does not hold (CPU platform) must not repeat what they gave before.
         seeds = np.random.SeedSequence([settings.seed, walker, first, equilibrated]).generate_state(2)
         job = WalkerJob(

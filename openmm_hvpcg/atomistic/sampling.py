@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from openmm_hvpcg.atomistic.molecule import AtomisticSystem
 from openmm_hvpcg.atomistic.platforms import PlatformChoice, choose_platform
 from openmm_hvpcg.atomistic.pool import Meter, WalkerPool
 from openmm_hvpcg.config import SamplingSettings
+from openmm_hvpcg.cores import count_cores
 from openmm_hvpcg.errors import BackendError, StudyError
 from openmm_hvpcg.frames import FramesStore, topology_to_json
 from openmm_hvpcg.storage import PathLike
@@ -80,13 +80,6 @@ def sample_frames(
     return store
 
 
-def count_cores() -> int:
-    """Cores this process may use."""
-    with contextlib.suppress(AttributeError):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def spread_frames(n_frames: int, walkers: int) -> list[int]:
     """Frames of each walker; the first ones take the remainder."""
     return [n_frames // walkers + (w < n_frames % walkers) for w in range(walkers)]
@@ -120,9 +113,7 @@ def _open_or_create(system: AtomisticSystem, settings: SamplingSettings, path: P
     elif found.get("system_hash") != system.system_hash:
         differences.append("the System was another")
     if store.attributes["temperature_K"] != system.temperature_K:
-        differences.append(
-            f"temperature_K was {store.attributes['temperature_K']}, now {system.temperature_K}"
-        )
+        differences.append(f"temperature_K was {store.attributes['temperature_K']}, now {system.temperature_K}")
     if differences:
         raise StudyError(
             f"holds frames of another run: {'; '.join(differences)}",

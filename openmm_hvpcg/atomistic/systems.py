@@ -187,9 +187,7 @@ def build_from_system_xml(
     xml_path = _existing(settings.system_xml, base)
     system = _read(xml_path, _deserialize, "a serialized openmm.System")
     if not isinstance(system, openmm.System):
-        raise InputError(
-            "wrong kind of XML", expected="openmm.System", got=type(system).__name__, where=xml_path
-        )
+        raise InputError("wrong kind of XML", expected="openmm.System", got=type(system).__name__, where=xml_path)
     pdb_path, topology, positions = _read_pdb(settings.pdb, base)
     if system.getNumParticles() != topology.getNumAtoms():
         raise InputError(
@@ -208,9 +206,7 @@ def build_from_system_xml(
 
 def minimize_positions(system: openmm.System, positions: NDArray[np.float64]) -> NDArray[np.float64]:
     """Minimise on the Reference platform, whose result is the same at every call; (A, 3) nm in and out."""
-    context = openmm.Context(
-        system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
-    )
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
     context.setPositions(positions)
     openmm.LocalEnergyMinimizer.minimize(context, MINIMIZE_TOLERANCE, MINIMIZE_ITERATIONS)
     minimized = context.getState(getPositions=True).getPositions(asNumpy=True)
@@ -280,9 +276,7 @@ def _solvate(
     )
 
 
-def _describe(
-    settings: InputSettings, constraints: Constraints, loaded: LoadedForceField | None
-) -> dict[str, Any]:
+def _describe(settings: InputSettings, constraints: Constraints, loaded: LoadedForceField | None) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "solvent": settings.solvent,
         "constraints": constraints,
@@ -342,9 +336,7 @@ def _read(path: Path, reader: Any, what: str) -> Any:
     try:
         return reader(str(path))
     except Exception as error:
-        raise InputError(
-            f"cannot be read ({type(error).__name__}: {error})", expected=what, where=path
-        ) from error
+        raise InputError(f"cannot be read ({type(error).__name__}: {error})", expected=what, where=path) from error
 
 
 def _deserialize(path: str) -> Any:

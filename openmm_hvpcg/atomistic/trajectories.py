@@ -17,6 +17,7 @@ from openmm_hvpcg.atomistic.molecule import AtomisticSystem, is_movable
 from openmm_hvpcg.atomistic.periodic import label_molecules, recentre, wrap_molecules
 from openmm_hvpcg.errors import InputError, StudyError
 from openmm_hvpcg.frames import FramesStore
+from openmm_hvpcg.quiet import hide_c_output
 from openmm_hvpcg.storage import PathLike, hash_file
 
 logger = logging.getLogger(__name__)
@@ -92,9 +93,7 @@ def import_trajectory(
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    logger.info(
-        "%s: %d frames from %d files", system.name or "molecule", sum(n for n, _ in scans), len(paths)
-    )
+    logger.info("%s: %d frames from %d files", system.name or "molecule", sum(n for n, _ in scans), len(paths))
     return FramesStore.open(target)
 
 
@@ -182,7 +181,7 @@ def _read_chunks(system: AtomisticSystem, file: Path) -> Iterator[md.Trajectory]
     if n_atoms is not None and n_atoms != system.n_atoms:
         raise _wrong_atoms(system, file, n_atoms)
     try:
-        for chunk in md.iterload(str(file), top=system.topology, chunk=CHUNK_FRAMES):
+        for chunk in _read_quietly(md.iterload(str(file), top=system.topology, chunk=CHUNK_FRAMES)):
             if chunk.n_atoms != system.n_atoms:
                 raise _wrong_atoms(system, file, chunk.n_atoms)
             yield chunk
@@ -194,6 +193,16 @@ def _read_chunks(system: AtomisticSystem, file: Path) -> Iterator[md.Trajectory]
             where=file,
             hint="it is empty, damaged, of a format mdtraj cannot read, or of other atoms than the topology",
         ) from error
+
+
+def _read_quietly(chunks: Iterator[md.Trajectory]) -> Iterator[md.Trajectory]:
+    """The same chunks; mdtraj's DCD reader talks on standard output while it makes one."""
+    while True:
+        with hide_c_output():
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        yield chunk
 
 
 def _wrong_atoms(system: AtomisticSystem, file: Path, n_atoms: int) -> InputError:
@@ -209,7 +218,7 @@ def _wrong_atoms(system: AtomisticSystem, file: Path, n_atoms: int) -> InputErro
 def _count_atoms(file: Path) -> int | None:
     """Atoms of the first frame, or None where the format tells only together with a topology."""
     try:
-        with md.open(str(file)) as handle:
+        with hide_c_output(), md.open(str(file)) as handle:
             first = handle.read(1)
         positions = np.asarray(first[0] if isinstance(first, tuple) else first)
     except Exception:
@@ -233,9 +242,7 @@ def _prepare_chunks(
         box = np.asarray(chunk.unitcell_vectors, dtype=np.float64)
         positions = np.asarray(chunk.xyz, dtype=np.float64)
         if movable:
-            positions = np.stack(
-                [wrap_molecules(p, b, molecules) for p, b in zip(positions, box, strict=True)]
-            )
+            positions = np.stack([wrap_molecules(p, b, molecules) for p, b in zip(positions, box, strict=True)])
         yield positions, box
 
 

@@ -108,9 +108,7 @@ class _Walker:
             [system.getParticleMass(i).value_in_unit(unit.amu) for i in range(system.getNumParticles())]
         )
         self._dof = max(1, 3 * int(np.count_nonzero(self._masses)) - system.getNumConstraints())
-        self._integrator = openmm.LangevinMiddleIntegrator(
-            job.temperature_K, job.friction_per_ps, job.timestep_ps
-        )
+        self._integrator = openmm.LangevinMiddleIntegrator(job.temperature_K, job.friction_per_ps, job.timestep_ps)
         self._integrator.setRandomNumberSeed(job.integrator_seed)
         for force in system.getForces():
             if hasattr(force, "setRandomNumberSeed"):
@@ -203,9 +201,7 @@ class _Walker:
     def _take_frame(self) -> None:
         state = self._context.getState(getPositions=True, getVelocities=True)
         positions = np.asarray(state.getPositions(asNumpy=True).value_in_unit(unit.nanometer))
-        velocities = np.asarray(
-            state.getVelocities(asNumpy=True).value_in_unit(unit.nanometer / unit.picosecond)
-        )
+        velocities = np.asarray(state.getVelocities(asNumpy=True).value_in_unit(unit.nanometer / unit.picosecond))
         self._check(positions, velocities)
         job = self._job
         box = np.array([[*v.value_in_unit(unit.nanometer)] for v in state.getPeriodicBoxVectors()])
@@ -224,9 +220,7 @@ class _Walker:
             raise BlowUp("positions or velocities are NaN")
         temperature = float(np.sum(self._masses[:, None] * velocities**2)) / (self._dof * BOLTZMANN)
         if temperature > MAX_TEMPERATURE_RATIO * self._job.temperature_K:
-            raise BlowUp(
-                f"the kinetic temperature reached {temperature:.3g} K at {self._job.temperature_K:g} K"
-            )
+            raise BlowUp(f"the kinetic temperature reached {temperature:.3g} K at {self._job.temperature_K:g} K")
 
     def _flush_if_due(self) -> None:
         held = len(self._buffer) * self._positions.size * 4

@@ -6,11 +6,12 @@ links against torch's libraries.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import logging
-import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,6 @@ NETWORK_GROUP = 1
 #: Seconds of integration by which one platform is judged.
 MEASURE_SECONDS = 0.4
 
-#: Ordered pairs of beads, all replicas together, that keep one torch thread busy. Measured on two cores with
-#: the default network: a second thread gains nothing at 1600 pairs, 10 to 40 % from 3200, 60 % at 50000.
-PAIRS_PER_THREAD = 1600
-
 
 def import_openmmtorch() -> Any:
     """The openmmtorch module.
@@ -46,7 +43,8 @@ def import_openmmtorch() -> Any:
         It is not installed or cannot load beside the torch that is.
     """
     try:
-        import openmmtorch
+        with _without_root_log():
+            import openmmtorch
     except (ImportError, OSError) as error:
         raise BackendError(
             f"openmmtorch cannot load ({str(error).splitlines()[0]})",
@@ -56,6 +54,21 @@ def import_openmmtorch() -> Any:
         ) from error
     _load_late_plugins()
     return openmmtorch
+
+
+@contextlib.contextmanager
+def _without_root_log() -> Iterator[None]:
+    """Hide what is logged on the root logger: openmmtorch 1.5 imports simtk.openmm, which warns there."""
+    root = logging.getLogger()
+    root.addFilter(_refuse)
+    try:
+        yield
+    finally:
+        root.removeFilter(_refuse)
+
+
+def _refuse(_: logging.LogRecord) -> bool:
+    return False
 
 
 @functools.cache
@@ -91,9 +104,7 @@ def load_script(content: bytes) -> torch.jit.ScriptModule:
     return torch.jit.load(io.BytesIO(content), map_location="cpu").eval()
 
 
-def evaluate_script(
-    script: torch.jit.ScriptModule, positions: NDArray[Any]
-) -> tuple[float, NDArray[np.float64]]:
+def evaluate_script(script: torch.jit.ScriptModule, positions: NDArray[Any]) -> tuple[float, NDArray[np.float64]]:
     """Energy kJ/mol and forces (N, 3) kJ/mol/nm of positions (N, 3) nm, by automatic differentiation."""
     x = torch.tensor(np.asarray(positions, dtype=np.float64), requires_grad=True)
     energy = script(x)
@@ -228,9 +239,7 @@ def choose_platform(
         except (BackendError, openmm.OpenMMException) as error:
             logger.warning("platform %s is left out: %s", name, error)
     if not speeds:
-        raise BackendError(
-            "no OpenMM platform can run this system", hint="`openmm-hvpcg doctor` says what is off"
-        )
+        raise BackendError("no OpenMM platform can run this system", hint="`openmm-hvpcg doctor` says what is off")
     best = max(speeds, key=lambda name: speeds[name])
     logger.info(
         "platform %s: measured %s",
@@ -253,16 +262,3 @@ def _measure_speed(
         integrator.step(2)
         steps += 2
     return steps / elapsed
-
-
-def count_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def choose_torch_threads(n_beads: int, replicas: int) -> int:
-    """Torch threads for a dense network on ``replicas`` molecules of ``n_beads``.
-
-    By size, not by measuring, so that the same run on the same machine sums in the same order.
-    """
-    return int(min(count_cores(), max(1, replicas * n_beads**2 // PAIRS_PER_THREAD)))

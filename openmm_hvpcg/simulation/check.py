@@ -76,9 +76,7 @@ class PotentialCheck:
         if failed:
             raise PotentialError(
                 "the potential fails: "
-                + "; ".join(
-                    f"{i.name} {i.value:.3g}, at most {i.tolerance:.3g} ({i.reason})" for i in failed
-                ),
+                + "; ".join(f"{i.name} {i.value:.3g}, at most {i.tolerance:.3g} ({i.reason})" for i in failed),
                 where=where,
             )
 
@@ -120,9 +118,7 @@ def check_potential(
     frames = np.asarray(positions, dtype=np.float64)
     n_beads = potential.spec.bead_map.n_beads
     if frames.ndim != 3 or frames.shape[1:] != (n_beads, 3) or len(frames) == 0:
-        raise InputError(
-            "test frames do not fit the molecule", expected=f"(T, {n_beads}, 3) nm", got=frames.shape
-        )
+        raise InputError("test frames do not fit the molecule", expected=f"(T, {n_beads}, 3) nm", got=frames.shape)
     check_finite(frames, "test frames")
     frames = frames[np.linspace(0, len(frames) - 1, min(MAX_FRAMES, len(frames))).astype(int)]
     script = clone_script(potential.script)
@@ -167,9 +163,7 @@ class _Reference:
     def count_not_finite(self) -> int:
         return int((~np.isfinite(self.energies)).sum() + (~np.isfinite(self.forces)).sum())
 
-    def compare(
-        self, name: str, energies: NDArray[np.float64], forces: NDArray[np.float64]
-    ) -> list[CheckItem]:
+    def compare(self, name: str, energies: NDArray[np.float64], forces: NDArray[np.float64]) -> list[CheckItem]:
         return [
             self.compare_energies(f"{name}: energy", energies),
             CheckItem(
@@ -180,9 +174,7 @@ class _Reference:
             ),
         ]
 
-    def compare_energies(
-        self, name: str, energies: NDArray[np.float64] | float, scale: float = 1.0
-    ) -> CheckItem:
+    def compare_energies(self, name: str, energies: NDArray[np.float64] | float, scale: float = 1.0) -> CheckItem:
         expected = self.energies if np.ndim(energies) else self.energies.sum()
         return CheckItem(
             name,
@@ -225,9 +217,7 @@ def _check_gradient(script: torch.jit.ScriptModule, frames: NDArray[np.float64])
         _, forces = evaluate_script(double, frame)
         for _ in range(N_DIRECTIONS):
             direction = rng.normal(size=frame.shape)
-            ends = [
-                float(double(torch.from_numpy(frame + s * STEP_NM * direction)).detach()) for s in (1, -1)
-            ]
+            ends = [float(double(torch.from_numpy(frame + s * STEP_NM * direction)).detach()) for s in (1, -1)]
             slope = float(-(forces * direction).sum())
             slopes.append(slope)
             worst = max(worst, _maximum(np.array((ends[0] - ends[1]) / (2 * STEP_NM) - slope)))

@@ -65,15 +65,11 @@ def _build_angles(terms: PriorTerms, n_beads: int, replicas: int) -> openmm.Forc
 
 def _build_dihedrals(terms: PriorTerms, n_beads: int, replicas: int) -> openmm.Force | None:
     names = [f"{letter}{n}" for letter in "ab" for n in range(1, DIHEDRAL_ORDER + 1)]
-    return _build_torsions(
-        DIHEDRAL_ENERGY, names, terms.geometry.dihedrals, terms.dihedrals, n_beads, replicas
-    )
+    return _build_torsions(DIHEDRAL_ENERGY, names, terms.geometry.dihedrals, terms.dihedrals, n_beads, replicas)
 
 
 def _build_impropers(terms: PriorTerms, n_beads: int, replicas: int) -> openmm.Force | None:
-    return _build_torsions(
-        IMPROPER_ENERGY, ["k", "phi0"], terms.geometry.impropers, terms.impropers, n_beads, replicas
-    )
+    return _build_torsions(IMPROPER_ENERGY, ["k", "phi0"], terms.geometry.impropers, terms.impropers, n_beads, replicas)
 
 
 def _build_torsions(

@@ -65,9 +65,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         with np.load(path, allow_pickle=False) as content:
             step, n_frames = content["counts"].tolist()
             sizes = dict(zip(content["files"].tolist(), content["sizes"].tolist(), strict=True))
-            checkpoint = Checkpoint(
-                content["context"].tobytes(), step, n_frames, sizes, float(content["wall_time_s"])
-            )
+            checkpoint = Checkpoint(content["context"].tobytes(), step, n_frames, sizes, float(content["wall_time_s"]))
     except Exception as error:
         raise StudyError(
             f"the checkpoint is damaged ({error})", where=path, hint="remove the folder and run again"

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openmm
-import torch
 from numpy.typing import NDArray
 from openmm import app, unit
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from openmm_hvpcg.config import SimulationSettings
+from openmm_hvpcg.cores import choose_torch_threads, use_torch_threads
 from openmm_hvpcg.errors import BackendError, InputError, StudyError, UnstableSimulationError
 from openmm_hvpcg.frames import check_finite
 from openmm_hvpcg.mapping import BeadMap
 from openmm_hvpcg.simulation.backends import (
     choose_platform,
-    choose_torch_threads,
     create_context,
     resolve_backend,
 )
@@ -125,7 +122,7 @@ def simulate(
     if stored is None:
         stored = _prepare_folder(folder, study, system, starts, one_replica, backend)
     plan = _Plan(folder, stored, settings, molecule, one_replica, system, starts)
-    with _torch_threads(stored["torch_threads"]):
+    with use_torch_threads(stored["torch_threads"]):
         return _Run(plan, checkpoint_interval_s).run(progress)
 
 
@@ -149,16 +146,6 @@ def _return_stored(folder: Path) -> SimulationResult:
     return result
 
 
-@contextlib.contextmanager
-def _torch_threads(n_threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _prepare_folder(
     folder: Path,
     study: dict[str, Any],
@@ -172,7 +159,7 @@ def _prepare_folder(
     replicas, n_beads = starts.shape[:2]
     check_free_space(folder, (settings["n_steps"] // settings["save_every"]) * replicas * n_beads * 12)
     threads, timestep_ps = choose_torch_threads(n_beads, replicas), settings["timestep_fs"] * PS_PER_FS
-    with _torch_threads(threads):
+    with use_torch_threads(threads):
         choice = choose_platform(
             system, starts.reshape(-1, 3), settings["platform"], timestep_ps, study["temperature_K"]
         )
@@ -275,9 +262,7 @@ class _Run:
         self.started = last_checkpoint = time.perf_counter()
         first = self.step
         with Progress(*columns, disable=not progress) as bar:
-            task = bar.add_task(
-                f"simulate {self.folder.name}", total=settings.n_steps, completed=first, speed=""
-            )
+            task = bar.add_task(f"simulate {self.folder.name}", total=settings.n_steps, completed=first, speed="")
             while self.step < settings.n_steps:
                 self._advance()
                 now = time.perf_counter()
@@ -365,7 +350,5 @@ class _Run:
         write_json(self.folder / RESULT_NAME, asdict(result))
         (self.folder / CHECKPOINT_NAME).unlink(missing_ok=True)
         if stable:
-            logger.info(
-                "%s: %.0f steps/s, %.4g ns/day", self.folder, result.steps_per_second, result.ns_per_day
-            )
+            logger.info("%s: %.0f steps/s, %.4g ns/day", self.folder, result.steps_per_second, result.ns_per_day)
         return result

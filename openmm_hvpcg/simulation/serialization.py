@@ -43,9 +43,7 @@ def deserialize_system(text: str, where: object = None) -> openmm.System:
         raise InputError(f"not XML ({error})", where=where) from error
     nodes = root.find("Forces")
     if root.tag != "System" or nodes is None:
-        raise InputError(
-            "not a serialized OpenMM System", expected="<System>", got=f"<{root.tag}>", where=where
-        )
+        raise InputError("not a serialized OpenMM System", expected="<System>", got=f"<{root.tag}>", where=where)
     forces = list(nodes)
     for node in forces:
         nodes.remove(node)

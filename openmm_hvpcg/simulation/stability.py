@@ -27,9 +27,7 @@ class StabilityLimits:
     bond_nm: float | None
 
 
-def build_limits(
-    starts: NDArray[np.float64], bonds: NDArray[np.int64], temperature_K: float
-) -> StabilityLimits:
+def build_limits(starts: NDArray[np.float64], bonds: NDArray[np.int64], temperature_K: float) -> StabilityLimits:
     """Limits for replicas that start from ``starts`` (K, B, 3) nm."""
     n_degrees = 3 * starts.shape[1]
     factor = max(HOT_FACTOR, float(chi2.isf(HOT_FALSE_ALARM, n_degrees)) / n_degrees)

@@ -40,9 +40,7 @@ class CGPotential:
     >>> system = potential.createSystem(replicas=8)                 # doctest: +SKIP
     """
 
-    def __init__(
-        self, script: torch.jit.ScriptModule, spec: PotentialSpec, path: PathLike | None = None
-    ) -> None:
+    def __init__(self, script: torch.jit.ScriptModule, spec: PotentialSpec, path: PathLike | None = None) -> None:
         self.script = script
         self.spec = spec
         self.path = None if path is None else Path(path)
@@ -160,9 +158,7 @@ def _read_topology(spec: PotentialSpec, topology: md.Topology) -> BeadMap:
     if unknown:
         raise PotentialError(
             f"the potential knows no species for bead {', '.join(unknown[:5])}",
-            expected=f"one of {', '.join(sorted(spec.sites))}"
-            if spec.sites
-            else "a bead map: the file lists no sites",
+            expected=f"one of {', '.join(sorted(spec.sites))}" if spec.sites else "a bead map: the file lists no sites",
             hint="train on molecules that hold such beads, or give a BeadMap that names species",
         )
     kinds: list[Any] = species
@@ -173,9 +169,7 @@ def _read_topology(spec: PotentialSpec, topology: md.Topology) -> BeadMap:
             np.array([spec.species_masses[kind] for kind in kinds]),
             np.array([(a.index, b.index) for a, b in topology.bonds], dtype=np.int64).reshape(-1, 2),
             tuple(atom.name for atom in topology.atoms),
-            tuple(
-                (a.residue.name, int(a.residue.resSeq), int(a.residue.chain.index)) for a in topology.atoms
-            ),
+            tuple((a.residue.name, int(a.residue.resSeq), int(a.residue.chain.index)) for a in topology.atoms),
         )
     except HVPCGError as error:
         raise InputError(f"the topology does not make a molecule of beads ({error})") from error

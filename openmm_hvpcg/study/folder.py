@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +16,15 @@ import yaml
 from pydantic import BaseModel
 
 from openmm_hvpcg.config import MoleculeSettings, Protocol, dump_protocol, load_protocol, resolve_arm
-from openmm_hvpcg.errors import StudyError
+from openmm_hvpcg.errors import HVPCGError, StudyError
 from openmm_hvpcg.storage import PathLike, explain_disk_errors, hash_file, write_json, write_text
 
 CONFIG_NAME = "config.resolved.yaml"
 LOG_NAME = "log.txt"
 LOCK_NAME = ".lock"
 RECORDS = "stages"
+#: Before the name of a file in a record, whose value is its hash.
+FILE = "file "
 
 #: Settings that say where and how fast, not what: changing them keeps the results.
 WITHOUT_EFFECT = {"platform", "workers", "accelerator"}
@@ -82,7 +86,7 @@ class Study:
         return [m for m in self.protocol.molecules if m.role != "train"] or list(self.protocol.molecules)
 
     def describe_unit(self, stage: str, unit: str) -> dict[str, Any]:
-        """The settings that the results of one unit of a stage depend on directly, flat."""
+        """Everything the results of one unit of a stage depend on, flat: its own settings and those before it."""
         p = self.protocol
         if stage == "sample":
             molecule = next(m for m in p.molecules if m.name == unit)
@@ -94,16 +98,30 @@ class Study:
             }
         if stage == "label":
             beads = p.mapping.beads
-            json_map = {"mapping file": _hash(self.base / beads["json"])} if isinstance(beads, dict) else {}
-            return {**_flatten("mapping", p.mapping), **json_map, **_flatten("labels", p.labels)}
-        if stage == "train":
+            json_map = {f"{FILE}{beads['json']}": _hash(self.base / beads["json"])} if isinstance(beads, dict) else {}
+            own = {**_flatten("mapping", p.mapping), **json_map, **_flatten("labels", p.labels)}
+            return {**self.describe_unit("sample", unit), **own}
+        if stage in ("train", "export"):
             training, model = resolve_arm(p, unit)
-            flat = {**_flatten("priors", p.priors), **_flatten("training", training), **_flatten("model", model)}
-            flat.pop("training.arms", None)
-            return {**flat, "molecules trained on": [m.name for m in self.trained]}
+            own = {**_flatten("priors", p.priors), **_flatten("training", training), **_flatten("model", model)}
+            own.pop("training.arms", None)
+            before: dict[str, Any] = {}
+            for molecule in self.trained:
+                before |= self.describe_unit("label", molecule.name)
+            return {**before, **own, "molecules trained on": [m.name for m in self.trained]}
         if stage == "simulate":
-            return _flatten("simulation", p.simulation)
-        return {}
+            arm, molecule_name = unit.split("/")
+            before = {**self.describe_unit("train", arm), **self.describe_unit("sample", molecule_name)}
+            return {**before, **_flatten("simulation", p.simulation)}
+        return self._describe_report()
+
+    def _describe_report(self) -> dict[str, Any]:
+        results = {
+            **{f"{FILE}{arm}": _hash(self.model_folder(arm) / "training.json") for arm in self.arms},
+            **{f"{FILE}{u}": _hash(self.find_output("simulate", u)) for u in self.list_units("simulate")},
+            **{f"{FILE}{m.name}": _hash(self.base / m.native_pdb) for m in self.judged if m.native_pdb is not None},
+        }
+        return {**_flatten("analysis", self.protocol.analysis), **results}
 
     def _hash_inputs(self, molecule: MoleculeSettings) -> dict[str, Any]:
         """Hashes of the files a molecule is built from."""
@@ -111,25 +129,46 @@ class Study:
         own = [source.force_field] if isinstance(source.force_field, str) else source.force_field
         names = [source.pdb, source.prmtop, source.coordinates, source.system_xml, *own, *(source.trajectory or [])]
         files = {n: self.base / n for n in names if n is not None and (self.base / n).is_file()}
-        return {f"file {name}": _hash(path) for name, path in files.items()}
+        return {f"{FILE}{name}": _hash(path) for name, path in files.items()}
+
+    def find_output(self, stage: str, unit: str, *, begun: bool = False) -> Path:
+        """The file or folder that is there once a unit is finished, or as soon as it has ``begun``."""
+        if stage == "sample":
+            return self.frames_path(unit)
+        if stage == "label":
+            return self.dataset_path(unit)
+        if stage == "train":
+            return self.model_folder(unit) / ("made_from.json" if begun else "training.json")
+        if stage == "export":
+            return self.potential_path(unit)
+        if stage == "simulate":
+            return self.run_folder(*unit.split("/")) / ("run.json" if begun else "result.json")
+        return self.report_folder / "summary.json"
 
     def is_done(self, stage: str, unit: str) -> bool:
-        return self._record_path(stage, unit).exists()
+        return self._record_path(stage, unit).exists() and self.find_output(stage, unit).exists()
+
+    def mark_begun(self, stage: str, unit: str) -> None:
+        """Record the settings a unit is started with, so that it is not gone on with under other ones."""
+        write_json(self._record_path(stage, f"{unit}/begun"), self.describe_unit(stage, unit))
 
     def mark_done(self, stage: str, unit: str) -> None:
         """Record that a unit is finished, and from which settings."""
         write_json(self._record_path(stage, unit), self.describe_unit(stage, unit))
+        self._record_path(stage, f"{unit}/begun").unlink(missing_ok=True)
 
     def find_changes(self, stage: str, unit: str) -> list[str]:
-        """Settings of a finished unit that differ from the protocol's, as ``key (old -> new)``."""
-        path = self._record_path(stage, unit)
-        if not path.exists():
+        """Settings of a begun or finished unit that differ from the protocol's, as ``key (old -> new)``."""
+        paths = [self._record_path(stage, name) for name in (unit, f"{unit}/begun")]
+        found = next((path for path in paths if path.exists()), None)
+        if found is None or not self.find_output(stage, unit, begun=True).exists():
             return []
-        old, new = json.loads(path.read_text(encoding="utf-8")), self.describe_unit(stage, unit)
-        return [f"{k} ({old.get(k)} -> {new.get(k)})" for k in dict.fromkeys([*old, *new]) if old.get(k) != new.get(k)]
+        old, new = read_record(found), self.describe_unit(stage, unit)
+        return [_explain_change(k, value, new.get(k)) for k, value in old.items() if value != new.get(k)]
 
     def _record_path(self, stage: str, unit: str) -> Path:
-        return self.out / RECORDS / f"{stage}.{unit.replace('/', '.')}.json"
+        # No name holds a plus sign, so no two units share a record.
+        return self.out / RECORDS / f"{stage}.{unit.replace('/', '+')}.json"
 
     def list_units(self, stage: str) -> list[str]:
         """Units of a stage: molecules, arms, or ``arm/molecule``."""
@@ -147,35 +186,73 @@ class Study:
 def open_study(
     protocol_path: PathLike, out: PathLike, overrides: Sequence[str] = (), *, progress: bool = True
 ) -> Study:
-    """Validate a protocol and take its output folder.
+    """Validate a protocol against its output folder; nothing is written yet.
 
     Raises
     ------
     ConfigError
         The protocol is wrong.
     StudyError
-        ``out`` holds something else, or results made with other settings; nothing is changed then.
+        ``out`` holds something else, or results made with other settings.
     """
     protocol = load_protocol(protocol_path, overrides)
     study = Study(protocol, Path(protocol_path).absolute().parent, Path(out), progress)
     _check_folder(study)
-    with explain_disk_errors(study.out):
-        study.out.mkdir(parents=True, exist_ok=True)
-        write_text(study.out / CONFIG_NAME, dump_protocol(protocol))
     return study
 
 
 @contextlib.contextmanager
-def lock_study(study: Study) -> Iterator[None]:
-    """Hold the folder: two runs at once would write over each other."""
-    with explain_disk_errors(study.out), open(study.out / LOCK_NAME, "w") as handle:
+def take_folder(study: Study) -> Iterator[None]:
+    """Hold the output folder while a study runs: two runs at once would write over each other.
+
+    A run that is refused before it has made anything leaves nothing behind.
+    """
+    existed, was_ours = study.out.exists(), (study.out / CONFIG_NAME).exists()
+    with explain_disk_errors(study.out):
+        try:
+            study.out.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise StudyError("the output path runs through a file", where=study.out, hint="choose a folder") from error
+        handle = open(study.out / LOCK_NAME, "w")  # noqa: SIM115
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StudyError(
                 "another run is using this folder", where=study.out, hint="wait for it, or stop it"
             ) from error
-        yield
+        try:
+            write_text(study.out / CONFIG_NAME, dump_protocol(study.protocol))
+            yield
+        except HVPCGError:
+            if not was_ours:
+                _remove_traces(study.out, existed)
+            raise
+
+
+def _remove_traces(out: Path, existed: bool) -> None:
+    """Take away what says only that a run was tried; anything else in the folder stays, and they with it."""
+    traces = {CONFIG_NAME, LOG_NAME, LOCK_NAME, RECORDS}
+    if {path.name for path in out.iterdir()} - traces:
+        return
+    shutil.rmtree(out / RECORDS, ignore_errors=True)
+    for path in out.iterdir():
+        path.unlink()
+    if not existed:
+        out.rmdir()
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record of a study, or a :class:`StudyError` where it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StudyError(
+            f"the record is damaged ({error})", where=path, hint="delete it to repeat its stage"
+        ) from error
+    if not isinstance(content, dict):
+        raise StudyError("the record is damaged", where=path, hint="delete it to repeat its stage")
+    return content
 
 
 def _check_folder(study: Study) -> None:
@@ -184,14 +261,14 @@ def _check_folder(study: Study) -> None:
         raise StudyError("the output path is a file", where=out, hint="choose a folder")
     config = out / CONFIG_NAME
     if not config.exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(path.name != LOCK_NAME for path in out.iterdir()):
             raise StudyError(
                 "the output folder is not empty and holds no study", where=out, hint="choose a new or empty folder"
             )
         return
     try:
         names = {m["name"] for m in yaml.safe_load(config.read_text(encoding="utf-8"))["molecules"]}
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise StudyError(f"{CONFIG_NAME} is damaged ({error})", where=out) from error
     asked = {m.name for m in study.protocol.molecules}
     if not names & asked:
@@ -209,8 +286,21 @@ def _check_folder(study: Study) -> None:
                 raise StudyError(
                     f"the {stage} stage of {unit} was run with other settings: {', '.join(changed)}",
                     where=out,
-                    hint="results of different settings are not mixed: choose another --out, or set them back",
+                    hint="results of different settings are not mixed: choose another --out, set them back, or"
+                    f" delete {_name_folder(study, stage, unit)} to make it again",
                 )
+
+
+def _name_folder(study: Study, stage: str, unit: str) -> Path:
+    """What to delete to make a unit again, relative to the study."""
+    output = study.find_output(stage, unit)
+    return (output if stage in ("sample", "label") else output.parent).relative_to(study.out)
+
+
+def _explain_change(key: str, old: Any, new: Any) -> str:
+    if key.startswith(FILE):
+        return f"{key} ({'missing' if new is None else 'its contents changed'})"
+    return f"{key} ({old} -> {new})"
 
 
 def _flatten(prefix: str, settings: BaseModel) -> dict[str, Any]:
@@ -219,4 +309,13 @@ def _flatten(prefix: str, settings: BaseModel) -> dict[str, Any]:
 
 
 def _hash(path: Path) -> str | None:
-    return hash_file(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    status = path.stat()
+    return _hash_once(path, status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _hash_once(path: Path, mtime_ns: int, size: int) -> str:
+    """The hash of a file that has not changed since it was last hashed; trajectories are large."""
+    return hash_file(path)

@@ -37,7 +37,10 @@ def compute_forces_and_hvps(
         n_probes = probes.shape[1]
         products = [
             torch.autograd.grad(
-                (gradient * probes[:, p]).sum(), x, create_graph=create_graph, retain_graph=create_graph or p < n_probes - 1
+                (gradient * probes[:, p]).sum(),
+                x,
+                create_graph=create_graph,
+                retain_graph=create_graph or p < n_probes - 1,
             )[0]
             for p in range(n_probes)
         ]

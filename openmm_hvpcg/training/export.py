@@ -12,9 +12,14 @@ from numpy.typing import NDArray
 from openmm_hvpcg.potential import PotentialSpec, save_potential
 from openmm_hvpcg.simulation.check import PotentialCheck, check_potential
 from openmm_hvpcg.storage import PathLike, atomic_path
-from openmm_hvpcg.training.models.total import TotalEnergy, script_potential
+from openmm_hvpcg.training.models.total import TotalEnergy
 
 logger = logging.getLogger(__name__)
+
+
+def script_potential(module: TotalEnergy) -> torch.jit.ScriptModule:
+    """The module as TorchScript, ready for :func:`openmm_hvpcg.potential.save_potential`."""
+    return torch.jit.script(module.eval())
 
 
 def export_potential(

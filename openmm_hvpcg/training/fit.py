@@ -27,11 +27,12 @@ from torch.utils.data import DataLoader
 
 from openmm_hvpcg._version import __version__
 from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
-from openmm_hvpcg.errors import BackendError, DataError, StudyError
+from openmm_hvpcg.cores import choose_torch_threads, use_torch_threads
+from openmm_hvpcg.errors import BackendError, DataError, PotentialError, StudyError
 from openmm_hvpcg.potential import PotentialSpec
 from openmm_hvpcg.prior_terms import PriorParameters
 from openmm_hvpcg.progress import track
-from openmm_hvpcg.storage import compute_hash, explain_disk_errors, write_json
+from openmm_hvpcg.storage import explain_disk_errors, write_json
 from openmm_hvpcg.training.batches import Batch, BatchSampler, FrameBatches, MoleculeTensors
 from openmm_hvpcg.training.dataset import LabelledFrames, split_by_time_blocks
 from openmm_hvpcg.training.derivatives import compute_forces, compute_forces_and_hvps
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 RESULT_NAME = "training.json"
 EVALUATION_FRAMES = 256
+#: Pairs of beads in a batch that give a second thread enough to do.
+TRAINING_PAIRS = 8000
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,9 @@ def fit_potential(
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "made_from.json", made_from)
         began = time.perf_counter()
-        recorder, checkpoint, trainer = _train(prepared, training, model, folder, progress)
+        threads = choose_torch_threads(max(d.bead_map.n_beads for d in datasets), training.batch_size, TRAINING_PAIRS)
+        with use_torch_threads(threads):
+            recorder, checkpoint, trainer = _train(prepared, training, model, folder, progress)
     best = Path(checkpoint.best_model_path)
     network = _load_network(best, prepared.spec, model)
     metrics = _evaluate(network, prepared, datasets)
@@ -135,7 +140,9 @@ def fit_potential(
         "force_weight": training.force_weight,
         "hvp_weight": training.hvp_weight,
     }
-    if recorder.curves and recorder.curves[0]["val_loss"] < min(c["val_loss"] for c in recorder.curves[1:] or recorder.curves):
+    if recorder.curves and recorder.curves[0]["val_loss"] < min(
+        c["val_loss"] for c in recorder.curves[1:] or recorder.curves
+    ):
         logger.warning("%s: no epoch was better than the priors alone; more frames or a smaller network may help", arm)
     spec = PotentialSpec(**{**_spec_fields(prepared.spec), "metrics": metrics})
     content = {"spec": json.loads(spec.to_json()), "best": best.name, "curves": recorder.curves, "metrics": metrics}
@@ -160,16 +167,16 @@ def load_fit(folder: str | Path) -> FitResult:
         model = ModelSettings.model_validate(spec.model)
         network = _load_network(Path(folder) / "checkpoints" / content["best"], spec, model)
         return FitResult(network, spec, content["metrics"], content["curves"])
-    except (KeyError, ValueError, OSError, RuntimeError) as error:
-        raise DataError(f"the training result is damaged ({error})", where=path, hint="delete it and train again") from error
+    except (KeyError, ValueError, OSError, RuntimeError, PotentialError) as error:
+        raise DataError(
+            f"the training result is damaged ({error})", where=path, hint="delete it and train again"
+        ) from error
 
 
 class MatchingModule(lightning.LightningModule):
     """Force and HVP matching of a network against labels without the priors' part."""
 
-    def __init__(
-        self, network: torch.nn.Module, settings: TrainingSettings, scales: LossScales, beta: float
-    ) -> None:
+    def __init__(self, network: torch.nn.Module, settings: TrainingSettings, scales: LossScales, beta: float) -> None:
         super().__init__()
         self.network = network
         self.settings = settings
@@ -271,7 +278,11 @@ def _check_folder(folder: Path, made_from: dict[str, Any]) -> None:
     for section, new in made_from.items():
         if isinstance(new, dict):
             before = old.get(section, {})
-            changed += [f"{section}.{k} ({before.get(k)} -> {new.get(k)})" for k in {**before, **new} if before.get(k) != new.get(k)]
+            changed += [
+                f"{section}.{k} ({before.get(k)} -> {new.get(k)})"
+                for k in {**before, **new}
+                if before.get(k) != new.get(k)
+            ]
         elif old.get(section) != new:
             changed.append(f"{section} ({old.get(section)} -> {new})")
     if changed:
@@ -296,7 +307,9 @@ def _prepare(
     if len(temperatures) > 1:
         raise DataError("datasets of different temperatures cannot train one potential", got=sorted(temperatures))
     temperature = temperatures.pop()
-    splits = [split_by_time_blocks(d.walker, training.validation_fraction, training.validation_blocks) for d in datasets]
+    splits = [
+        split_by_time_blocks(d.walker, training.validation_fraction, training.validation_blocks) for d in datasets
+    ]
     parameters = fit_priors(
         [(d.bead_map, d.positions[s[0]]) for d, s in zip(datasets, splits, strict=True)], priors, temperature
     )
@@ -407,7 +420,10 @@ def _train(
         )
     ]
     checkpoints = folder / "checkpoints"
-    checkpoint = ModelCheckpoint(checkpoints, "best-{epoch}", monitor="val_loss", save_last=True)
+    # At the end of the epoch, after the recorder and the learning-rate schedule, so that a resumed run lacks nothing.
+    checkpoint = ModelCheckpoint(
+        checkpoints, "best-{epoch}", monitor="val_loss", save_last=True, save_on_train_epoch_end=True
+    )
     recorder = _Recorder(prepared.scales, prepared.prior_validation, settings)
     last = checkpoints / "last.ckpt"
     with _quiet_lightning(), track(f"train {folder.name}", settings.max_epochs, "epochs", show=progress) as advance:
@@ -418,7 +434,10 @@ def _train(
             max_epochs=settings.max_epochs,
             gradient_clip_val=settings.gradient_clip,
             callbacks=[recorder, EarlyStopping("val_loss", patience=settings.patience), checkpoint],
-            logger=[CSVLogger(folder / "logs", name="", version="csv"), TensorBoardLogger(folder / "logs", name="", version="tensorboard")],
+            logger=[
+                CSVLogger(folder / "logs", name="", version="csv"),
+                TensorBoardLogger(folder / "logs", name="", version="tensorboard"),
+            ],
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -428,7 +447,10 @@ def _train(
         )
         resume = str(last) if last.exists() else None
         if resume:
-            logger.info("%s: training resumes from %s", folder.name, last)
+            done = int(torch.load(last, map_location="cpu", weights_only=True)["epoch"]) + 1
+            # Lightning sets the epoch of a sampler from the second epoch on only.
+            loaders[0].sampler.set_epoch(done)  # type: ignore[attr-defined]
+            logger.info("%s: training resumes after epoch %d", folder.name, done)
         trainer.fit(module, *loaders, ckpt_path=resume, weights_only=True)
     return recorder, checkpoint, trainer
 
@@ -444,9 +466,7 @@ def _load_network(checkpoint: Path, spec: PotentialSpec, model: ModelSettings) -
     return network.eval()
 
 
-def _evaluate(
-    network: torch.nn.Module, prepared: _Prepared, datasets: Sequence[LabelledFrames]
-) -> dict[str, Any]:
+def _evaluate(network: torch.nn.Module, prepared: _Prepared, datasets: Sequence[LabelledFrames]) -> dict[str, Any]:
     """Validation errors with all probes, those of the priors, and the noise of the labels."""
     squares = np.zeros(4)
     counts = np.zeros(2)
@@ -458,9 +478,7 @@ def _evaluate(
         for k, values in enumerate((residual, tensors.forces, excess, prior)):
             squares[k] += float((values[rows].double() ** 2).sum())
         counts += [residual[rows].numel(), excess[rows].numel()]
-        found = estimate_noise(
-            dataset.positions, dataset.walker, residual.numpy(), dataset.probes, excess.numpy()
-        )
+        found = estimate_noise(dataset.positions, dataset.walker, residual.numpy(), dataset.probes, excess.numpy())
         if found is not None:
             noise.append({**asdict(found), "weight": len(dataset.positions)})
     rmse = np.sqrt(squares / np.repeat(counts, 2))
@@ -480,7 +498,9 @@ def _residuals(network: torch.nn.Module, tensors: MoleculeTensors, beta: float) 
     forces, hvps = [], []
     for start in range(0, len(tensors.positions), EVALUATION_FRAMES):
         rows = slice(start, start + EVALUATION_FRAMES)
-        f, h = compute_forces_and_hvps(lambda x: network(x, tensors.species), tensors.positions[rows], tensors.probes[rows])
+        f, h = compute_forces_and_hvps(
+            lambda x: network(x, tensors.species), tensors.positions[rows], tensors.probes[rows]
+        )
         d = tensors.forces[rows] - f
         forces.append(d)
         hvps.append(compute_hvp_target(tensors.hvps[rows], d, tensors.probes[rows], beta) - h)

@@ -90,7 +90,7 @@ def test_survives_the_file(kind: str, tmp_path: Path) -> None:
     for frame in build_frames(3, 5):
         # The same float32 operations, perhaps fused differently.
         assert evaluate_script(script, frame)[0] == pytest.approx(
-            float(eager(torch.from_numpy(frame))), rel=1e-5
+            float(eager(torch.from_numpy(frame)).detach()), rel=1e-5
         )
 
 
@@ -101,7 +101,7 @@ def test_binds_to_another_molecule(kind: str) -> None:
     assert bind_molecule(script, spec, build_molecule("CCA")).bead_map.species == other_spec.bead_map.species
     for frame in build_frames(3, 3):
         assert evaluate_script(script, frame)[0] == pytest.approx(
-            float(other(torch.from_numpy(frame))), rel=1e-5
+            float(other(torch.from_numpy(frame)).detach()), rel=1e-5
         )
     with pytest.raises(PotentialError, match="species Z"):
         bind_molecule(script, spec, build_molecule("AZ"))
@@ -111,16 +111,16 @@ def test_tells_species_apart(kind: str) -> None:
     (first, _), (second, _) = build_model(kind, "ABC"), build_model(kind, "ACB")
     first.include_priors = second.include_priors = False
     x = torch.from_numpy(build_frames(1, 3)[0])
-    assert abs(float(first(x)) - float(second(x))) > 1e-3
+    assert abs(float(first(x).detach()) - float(second(x).detach())) > 1e-3
 
 
 def test_network_alone_without_priors(kind: str) -> None:
     eager, _ = build_model(kind)
     frame = torch.from_numpy(build_frames(1, 5)[0])
-    total = float(eager(frame))
+    total = float(eager(frame).detach())
     eager.include_priors = False
-    network = float(eager(frame))
-    priors = float(eager.prior_energies(frame.unsqueeze(0)))
+    network = float(eager(frame).detach())
+    priors = float(eager.prior_energies(frame.unsqueeze(0)).detach())
     assert total == pytest.approx(network + priors, rel=1e-9)
     assert priors > 1.0
 

@@ -59,9 +59,7 @@ def test_equal_counts_have_no_divergence() -> None:
     # Rounding of sums of 40 terms of order one.
     assert compute_kl(counts, counts) == pytest.approx(0.0, abs=1e-14)
     assert compute_js(counts, counts) == pytest.approx(0.0, abs=1e-14)
-    assert (
-        compute_kl(counts, 3 * counts) < 1e-3
-    )  # other sizes, same distribution: only the pseudo-count differs
+    assert compute_kl(counts, 3 * counts) < 1e-3  # other sizes, same distribution: only the pseudo-count differs
 
 
 def test_kl_stays_finite_and_js_is_bounded() -> None:
@@ -154,9 +152,7 @@ def test_blocks_are_contiguous_and_stay_in_one_walker() -> None:
 def test_sampling_floor_sees_a_stuck_walker() -> None:
     mixed = np.full((6, 2), 50.0)
     stuck = np.array([[100.0, 0.0]] * 3 + [[0.0, 100.0]] * 3)
-    assert compute_sampling_floor(compute_kl, mixed) == pytest.approx(
-        0.0, abs=1e-12
-    )  # equal halves: rounding
+    assert compute_sampling_floor(compute_kl, mixed) == pytest.approx(0.0, abs=1e-12)  # equal halves: rounding
     assert compute_sampling_floor(compute_kl, stuck) > 0.3
     many = np.random.default_rng(6).integers(1, 50, size=(20, 10)).astype(float)
     assert compute_sampling_floor(compute_kl, many, 1) == compute_sampling_floor(compute_kl, many, 1)

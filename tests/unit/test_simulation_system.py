@@ -23,7 +23,8 @@ from simulation_cases import (
 
 from openmm_hvpcg.errors import BackendError, InputError, PotentialError
 from openmm_hvpcg.prior_terms import PriorParameters
-from openmm_hvpcg.simulation.backends import choose_torch_threads, count_cores, evaluate_script
+from openmm_hvpcg.cores import choose_torch_threads, count_cores
+from openmm_hvpcg.simulation.backends import evaluate_script
 from openmm_hvpcg.simulation.check import evaluate_system
 from openmm_hvpcg.simulation.native_priors import PRIOR_GROUPS
 from openmm_hvpcg.simulation.serialization import (

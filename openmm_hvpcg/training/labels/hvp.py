@@ -84,16 +84,12 @@ def scan_step(
     The error of a step is estimated as its largest relative difference from the neighbouring steps: a step too long
     disagrees with the shorter one, a step too short with both. Arguments as in :func:`compute_projected_hvps`.
     """
-    hvps = [
-        compute_projected_hvps(force_function, positions, probes, force_map, step, boxes) for step in steps_nm
-    ]
+    hvps = [compute_projected_hvps(force_function, positions, probes, force_map, step, boxes) for step in steps_nm]
     differences = np.array([_relative_difference(a, b) for a, b in zip(hvps, hvps[1:], strict=False)])
     errors = np.maximum(np.append(differences, differences[-1]), np.insert(differences, 0, differences[0]))
     # The ends have one neighbour only and are not chosen: nothing vouches for them.
     best = 1 + int(np.argmin(errors[1:-1]))
-    return StepScan(
-        float(steps_nm[best]), float(errors[best]), tuple(map(float, steps_nm)), tuple(map(float, errors))
-    )
+    return StepScan(float(steps_nm[best]), float(errors[best]), tuple(map(float, steps_nm)), tuple(map(float, errors)))
 
 
 def _relative_difference(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

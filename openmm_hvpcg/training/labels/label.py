@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from openmm_hvpcg.atomistic.platforms import choose_platform
 from openmm_hvpcg.atomistic.systems import AtomisticSystem
 from openmm_hvpcg.config import LabelSettings
+from openmm_hvpcg.cores import count_cores
 from openmm_hvpcg.errors import InputError, MappingError, StudyError
 from openmm_hvpcg.frames import Frames
 from openmm_hvpcg.mapping import BeadMap
@@ -106,7 +106,7 @@ def _count_workers(platform: str, asked: int | str) -> int:
     """Contexts to work at once: one a core on the CPU, two on a GPU, where one can compute while the other copies."""
     if asked != "auto":
         return int(asked)
-    return (os.cpu_count() or 1) if platform in ("Reference", "CPU") else 2
+    return count_cores() if platform in ("Reference", "CPU") else 2
 
 
 def _check_sizes(system: AtomisticSystem, frames: Frames, bead_map: BeadMap) -> None:

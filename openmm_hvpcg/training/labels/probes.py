@@ -11,9 +11,7 @@ from openmm_hvpcg.errors import ConfigError
 PROBE_SECOND_MOMENTS = {"rademacher": "identity", "normal": "identity"}
 
 
-def draw_probes(
-    law: str, frames: NDArray[np.int64], n_probes: int, n_beads: int, seed: int
-) -> NDArray[np.float32]:
+def draw_probes(law: str, frames: NDArray[np.int64], n_probes: int, n_beads: int, seed: int) -> NDArray[np.float32]:
     """Probes (n, P, B, 3), independent for each frame.
 
     A frame's probes depend on ``seed`` and the frame's index alone, whatever chunk, worker or order it is labelled in.

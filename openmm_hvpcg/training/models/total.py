@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from openmm_hvpcg.potential import PotentialSpec, compute_buffers
@@ -54,8 +53,3 @@ class TotalEnergy(nn.Module):
     def forward(self, positions: Tensor) -> Tensor:
         """Summed energy, kJ/mol, of K copies given as positions (K*B, 3) nm."""
         return self.frame_energies(positions.reshape(-1, self.species.shape[0], 3)).sum()
-
-
-def script_potential(module: TotalEnergy) -> torch.jit.ScriptModule:
-    """The module as TorchScript, ready for :func:`openmm_hvpcg.potential.save_potential`."""
-    return torch.jit.script(module.eval())
