@@ -99,7 +99,7 @@ def _show_figures(study: Any, summary: dict[str, Any]) -> None:
         "Distance from the all-atom reference, nats ± block error", "KL mode 1", "KL modes 1-2", "JS mode 1"
     )
     runs = _start_table(
-        "Validation error / label noise (kJ/mol/nm, kJ/mol/nm²), and simulation", "forces", "HVPs", "ns", "steps/s"
+        "Validation error / label noise (kJ/mol, nm), and simulation", "forces", "HVPs", "ns", "steps/s"
     )
     for name, molecule in summary["molecules"].items():
         for arm, f in molecule["arms"].items():

@@ -41,7 +41,11 @@ _TRAINING_KEYS = {
     "force_rmse_priors": "force error of the priors alone, without the network (kJ/mol/nm)",
     "hvp_rmse_priors": "HVP error of the priors alone, without the network (kJ/mol/nm^2)",
     "n_frames": "frames used: of the reference, of an arm's CG run after burn-in, or of the training data",
+    "n_validation_frames": "frames held out to validate on",
     "epochs": "training epochs run",
+    "best_epoch": "epoch whose weights were kept, from 0",
+    "force_weight": "weight of the force term in the loss",
+    "hvp_weight": "weight of the HVP term in the loss",
     "wall_time_s": "wall time of the training (s)",
 }
 _SIMULATION_KEYS = {

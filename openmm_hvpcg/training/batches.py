@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 BatchIndex = tuple[int, NDArray[np.int64], NDArray[np.int64]]
 
 
-class FrameBatches(Dataset):  # type: ignore[type-arg]
+class FrameBatches(Dataset[Batch]):
     """Maps a :data:`BatchIndex` to its :class:`Batch`."""
 
     def __init__(self, molecules: Sequence[MoleculeTensors]) -> None:
@@ -106,5 +106,5 @@ class BatchSampler(Sampler[BatchIndex]):
                 stop = start + self.batch_size
                 batches.append((molecule, order[start:stop], probes[start:stop]))
         if self.shuffle:
-            generator.shuffle(batches)  # type: ignore[arg-type]
+            generator.shuffle(batches)
         return iter(batches)

@@ -1,6 +1,7 @@
 """Labels on disk and in memory.
 
-A dataset file holds raw ingredients, never a combined target: the covariance correction belongs to the model of the day.
+A dataset file holds raw ingredients, never a combined target: the covariance correction belongs to the model of the
+day.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ class FitResult:
 
     ``metrics`` keys: ``force_rmse_validation``, ``force_rmse_priors``, ``force_noise`` (kJ/mol/nm);
     ``hvp_rmse_validation``, ``hvp_rmse_priors``, ``hvp_noise`` (kJ/mol/nm^2); all root mean squares per component;
-    ``n_frames``, ``n_validation_frames``, ``epochs``, ``best_epoch``, ``wall_time_s``, ``force_weight``, ``hvp_weight``.
+    ``n_frames``, ``n_validation_frames``, ``epochs``, ``best_epoch``, ``wall_time_s``, ``force_weight``,
+    ``hvp_weight``.
     """
 
     network: torch.nn.Module
@@ -451,7 +452,7 @@ def _train(
             # Lightning sets the epoch of a sampler from the second epoch on only.
             loaders[0].sampler.set_epoch(done)  # type: ignore[attr-defined]
             logger.info("%s: training resumes after epoch %d", folder.name, done)
-        trainer.fit(module, *loaders, ckpt_path=resume, weights_only=True)
+        trainer.fit(module, loaders[0], loaders[1], ckpt_path=resume, weights_only=True)
     return recorder, checkpoint, trainer
 
 

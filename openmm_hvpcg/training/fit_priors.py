@@ -80,7 +80,11 @@ def fit_priors(
     dihedrals = fit("dihedrals", lambda x: _fit_dihedral(x, kt)) if settings.dihedrals else {}
     for key, row in dihedrals.items():
         # Dihedrals about one bond say the same thing: together they count once.
-        share = float(np.mean(sharing[key])) if key in sharing else float(np.mean(sum(sharing.values(), [])))
+        share = (
+            float(np.mean(sharing[key]))
+            if key in sharing
+            else float(np.mean([n for counts in sharing.values() for n in counts]))
+        )
         dihedrals[key] = tuple(value / share for value in row)
     parameters = PriorParameters(
         bonds=fit("bonds", lambda x: _fit_harmonic(x, kt, MIN_BOND_WIDTH_NM)) if settings.bonds else {},

@@ -1,10 +1,10 @@
 """How much of the labels no model can explain: noise estimated from pairs of frames that look alike.
 
 Two frames with (nearly) the same beads but different hidden atoms have the same mean label, so half the mean square
-difference of their labels, turned onto each other, is the noise (a nearest-neighbour, or Gamma-test, estimate: Jones, Comput.
-Manag. Sci. 1, 109 (2004)). It is taken on a model's residuals, which vary far less from frame to frame than the labels do. What
-the neighbours still differ in beads adds to it: it leans towards too large. Frames close in time are never paired: their
-hidden atoms are alike too.
+difference of their labels, turned onto each other, is the noise (a nearest-neighbour, or Gamma-test, estimate: Jones,
+Comput. Manag. Sci. 1, 109 (2004)). It is taken on a model's residuals, which vary far less from frame to frame than the
+labels do. What the neighbours still differ in beads adds to it: it leans towards too large. Frames close in time are
+never paired: their hidden atoms are alike too.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def test_finite_differences_are_second_order(alanine):
             np.linalg.norm(compute_projected_hvps(oracle, positions, probes, weights, h) - exact) for h in (3e-4, 3e-5)
         ]
         scan = scan_step(oracle, positions, probes, weights)
-    # The reference's own error is (1e-6 / 3e-5)^2 = 0.1 % of the smaller one, the next order less: 0.001 in the logarithm.
+    # The reference's own error is (1e-6 / 3e-5)^2 = 0.1 % of the smaller one: 0.001 in the logarithm.
     assert np.log10(errors[0] / errors[1]) == pytest.approx(2.0, abs=0.01)
     assert 1e-7 <= scan.step_nm <= 1e-4
     # Measured on the Reference platform (theory note): about 1e-8 and better between 1e-5 and 1e-7 nm.

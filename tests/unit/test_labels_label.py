@@ -91,7 +91,8 @@ from openmm_hvpcg.training.labels import label
 system = t.build_atomistic_system(t.InputSettings(sequence="A"), temperature_K=300.0, name="ala")
 genuine = label.compute_projected_hvps
 label.compute_projected_hvps = lambda *a: (time.sleep(0.4), genuine(*a))[1]
-t.label_frames(system, t.build_frames(system), t.build_bead_map("backbone", system.topology), t.SETTINGS, {str(path)!r}, progress=False)
+bead_map = t.build_bead_map("backbone", system.topology)
+t.label_frames(system, t.build_frames(system), bead_map, t.SETTINGS, {str(path)!r}, progress=False)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

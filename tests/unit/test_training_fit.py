@@ -149,7 +149,7 @@ def test_unusable_data_are_refused(tmp_path):
 def test_damaged_result_is_named(trained, tmp_path):
     folder, _ = trained
     (tmp_path / "training.json").write_text(json.dumps({"spec": {}}))
-    with pytest.raises(DataError, match="damaged|malformed"):
+    with pytest.raises(DataError, match=r"training result is damaged"):
         load_fit(tmp_path)
     assert load_fit(folder).metrics
 
@@ -177,7 +177,6 @@ def test_export_refuses_a_potential_that_fails(trained, tmp_path):
         def __init__(self, network: torch.nn.Module) -> None:
             super().__init__()
             self.network = network
-            self.energy_scale = network.energy_scale
 
         def forward(self, positions: torch.Tensor, species: torch.Tensor) -> torch.Tensor:
             return self.network(positions, species) + 500.0 * positions[:, 0, 0]

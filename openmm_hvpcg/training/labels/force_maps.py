@@ -1,8 +1,8 @@
 """Force maps Q: from AA forces to forces on beads, under the constraints of the System. numpy alone.
 
-A force map is admissible for a configuration map M if ``Q M^T = I`` and if atoms joined by rigid constraints have equal
-columns (theory note; Krämer et al., J. Phys. Chem. Lett. 14, 3970 (2023)). All admissible maps give the same mean force and
-the same CG Hessian; they differ in noise, and for Hessian labels the noise decides.
+A force map is admissible for a configuration map M if ``Q M^T = I`` and if atoms joined by rigid constraints have
+equal columns (theory note; Krämer et al., J. Phys. Chem. Lett. 14, 3970 (2023)). All admissible maps give the same
+mean force and the same CG Hessian; they differ in noise, and for Hessian labels the noise decides.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def build_force_map(
     site_weights : M (B, A)
     clusters : (A,) index of the rigid cluster of each atom
     active : (A,) atoms that may have weight (those of molecules with beads, massive)
-    forces : (T, A, 3) AA forces of sample frames, kJ/mol/nm: what ``optimal`` minimises, and what the diagnostics are from
+    forces : (T, A, 3) AA forces of sample frames, kJ/mol/nm: what ``optimal`` minimises; the diagnostics are of them
 
     Raises
     ------
@@ -133,7 +133,7 @@ class _ReducedProblem:
 
     def solve_least_norm(self) -> NDArray[np.float64]:
         """Least-norm admissible map; for a slice map, the rigid cluster of each bead's atom with weight 1."""
-        return np.linalg.pinv(self.constraint)
+        return np.asarray(np.linalg.pinv(self.constraint), dtype=np.float64)
 
     def solve_least_variance(self, forces: NDArray[Any]) -> NDArray[np.float64]:
         """``min <|Q f|^2>`` over admissible maps, by its Karush-Kuhn-Tucker system.

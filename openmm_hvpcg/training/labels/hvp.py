@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -85,7 +86,7 @@ def scan_step(
     disagrees with the shorter one, a step too short with both. Arguments as in :func:`compute_projected_hvps`.
     """
     hvps = [compute_projected_hvps(force_function, positions, probes, force_map, step, boxes) for step in steps_nm]
-    differences = np.array([_relative_difference(a, b) for a, b in zip(hvps, hvps[1:], strict=False)])
+    differences = np.array([_relative_difference(a, b) for a, b in pairwise(hvps)])
     errors = np.maximum(np.append(differences, differences[-1]), np.insert(differences, 0, differences[0]))
     # The ends have one neighbour only and are not chosen: nothing vouches for them.
     best = 1 + int(np.argmin(errors[1:-1]))

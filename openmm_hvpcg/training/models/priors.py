@@ -1,7 +1,7 @@
 """The prior energy in torch: the forms of :mod:`openmm_hvpcg.prior_terms` on batches of frames.
 
-Every function takes positions (F, B, 3) nm, indices (n, k) and parameters (n, p), and returns energies (F,) kJ/mol. They are
-TorchScript-compatible and twice differentiable.
+Every function takes positions (F, B, 3) nm, indices (n, k) and parameters (n, p), and returns energies (F,) kJ/mol.
+They are TorchScript-compatible and twice differentiable.
 """
 
 from __future__ import annotations

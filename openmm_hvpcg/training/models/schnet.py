@@ -1,12 +1,13 @@
 """A continuous-filter network on beads (CGSchNet type), written for small dense molecules.
 
-Source: Schütt et al., J. Chem. Phys. 148, 241722 (2018); Husic et al., J. Chem. Phys. 153, 194101 (2020). Our choices: one
-filter a pair, used in both directions; tanh, so that every derivative is continuous; an envelope on the filters with zero
-value, slope and curvature at the cutoff, so that the energy has a continuous second derivative there, which Hessian
-matching needs.
+Source: Schütt et al., J. Chem. Phys. 148, 241722 (2018); Husic et al., J. Chem. Phys. 153, 194101 (2020). Our choices:
+one filter a pair, used in both directions; tanh, so that every derivative is continuous; an envelope on the filters
+with zero value, slope and curvature at the cutoff, so that the energy has a continuous second derivative there, which
+Hessian matching needs.
 """
 
-from __future__ import annotations
+# TorchScript reads the annotations of buffers: they must be types, not the strings that
+# `from __future__ import annotations` would make of them.
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ def cutoff_envelope(x: Tensor) -> Tensor:
 
 class RadialBasis(nn.Module):
     """Gaussians of the distance, evenly spaced from 0 to the cutoff, width one spacing."""
+
+    centers: Tensor
 
     def __init__(self, n_basis: int, cutoff_nm: float) -> None:
         super().__init__()
@@ -59,6 +62,8 @@ class SchNet(nn.Module):
     energy_scale : kJ/mol, multiplies the output so that weights of order one give energies of the right size
     """
 
+    energy_scale: Tensor
+
     def __init__(self, n_species: int, settings: ModelSettings, energy_scale: float = 1.0) -> None:
         super().__init__()
         self.cutoff_nm = settings.cutoff_nm
@@ -67,12 +72,11 @@ class SchNet(nn.Module):
         self.interactions = nn.ModuleList(
             Interaction(settings.features, settings.radial) for _ in range(settings.interactions)
         )
-        self.readout = nn.Sequential(
-            nn.Linear(settings.features, settings.features), nn.Tanh(), nn.Linear(settings.features, 1)
-        )
+        last = nn.Linear(settings.features, 1)
         # The network starts as zero energy: training sets out from the priors, not from noise on top of them.
-        nn.init.zeros_(self.readout[-1].weight)
-        nn.init.zeros_(self.readout[-1].bias)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.readout = nn.Sequential(nn.Linear(settings.features, settings.features), nn.Tanh(), last)
         self.register_buffer("energy_scale", torch.tensor(float(energy_scale)))
 
     def forward(self, positions: Tensor, species: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Priors + network as one module, in the form that is exported and simulated."""
 
-from __future__ import annotations
+# TorchScript reads the annotations of buffers: they must be types, not the strings that
+# `from __future__ import annotations` would make of them.
 
+import torch
 from torch import Tensor, nn
 
 from openmm_hvpcg.potential import PotentialSpec, compute_buffers
@@ -23,9 +25,24 @@ class TotalEnergy(nn.Module):
     spec : species and prior parameters; its ``bead_map`` is the molecule the module is bound to
     """
 
+    precision: Tensor
+    species: Tensor
+    bond_index: Tensor
+    bond_parameters: Tensor
+    angle_index: Tensor
+    angle_parameters: Tensor
+    dihedral_index: Tensor
+    dihedral_parameters: Tensor
+    improper_index: Tensor
+    improper_parameters: Tensor
+    pair_index: Tensor
+    pair_parameters: Tensor
+
     def __init__(self, network: nn.Module, spec: PotentialSpec) -> None:
         super().__init__()
         self.network = network
+        # Empty: its dtype is the one the network computes in, and follows .double() as the weights do.
+        self.register_buffer("precision", torch.zeros(0))
         self.include_priors = True
         self.repulsion_epsilon = float(spec.priors.repulsion_epsilon)
         for name, value in compute_buffers(spec).items():
@@ -45,7 +62,7 @@ class TotalEnergy(nn.Module):
         """Energies (F,) kJ/mol of frames (F, B, 3) nm; the network runs in the dtype of its weights."""
         # Distances do not change with the origin, and float32 resolves them best near it.
         centred = positions - positions.mean(dim=1, keepdim=True)
-        energy = self.network(centred.to(self.network.energy_scale.dtype), self.species).to(positions.dtype)
+        energy = self.network(centred.to(self.precision.dtype), self.species).to(positions.dtype)
         if self.include_priors:
             energy = energy + self.prior_energies(positions)
         return energy
