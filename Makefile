@@ -5,9 +5,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 EXTRAS ?=
 DEMO   ?= runs/demo
+comma  := ,
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-$(if $(EXTRAS),$(subst $(comma),-,$(EXTRAS)),cpu)
-comma  := ,
 
 .PHONY: install demo test lint clean
 
@@ -16,8 +16,8 @@ install: $(STAMP)
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "openmm-hvpcg needs Python 3.11 to 3.13, got %d.%d: make install PYTHON=python3.11" % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]"
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet setuptools wheel
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet -e ".[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]"
 	touch $(STAMP)
 
 demo: install

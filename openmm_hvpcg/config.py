@@ -8,6 +8,7 @@ closest known one.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -54,17 +55,13 @@ class InputSettings(Settings):
     prmtop: str | None = Field(None, description="Amber topology")
     coordinates: str | None = Field(None, description="Amber coordinates (inpcrd, rst7)")
     system_xml: str | None = Field(None, description="serialized openmm.System; needs pdb")
-    force_field: str | list[str] = Field(
-        "amber14", description="amber14, amber99sbildn, charmm36 or OpenMM XML files"
-    )
+    force_field: str | list[str] = Field("amber14", description="amber14, amber99sbildn, charmm36 or OpenMM XML files")
     solvent: Literal["vacuum", "obc2", "explicit"] = Field("obc2", description="solvent model")
     hydrogen_mass_amu: float | None = Field(None, ge=1.0, le=4.0, description="hydrogen mass repartitioning")
     padding_nm: float = Field(1.0, gt=0, description="explicit solvent: distance from solute to box edge")
     ionic_strength_molar: float = Field(0.0, ge=0, description="explicit solvent: salt beyond neutralisation")
     trajectory: list[str] | None = Field(None, description="take frames from these files instead of sampling")
-    trajectory_interval_ps: float | None = Field(
-        None, gt=0, description="time between their frames, if files lack it"
-    )
+    trajectory_interval_ps: float | None = Field(None, gt=0, description="time between their frames, if files lack it")
 
     @field_validator("trajectory", mode="before")
     @classmethod
@@ -117,9 +114,7 @@ class SamplingSettings(Settings):
 class MappingSettings(Settings):
     """Atoms to beads."""
 
-    beads: str | dict[str, str] = Field(
-        "ca", description="ca, backbone, heavy, an mdtraj selection, or {json: FILE}"
-    )
+    beads: str | dict[str, str] = Field("ca", description="ca, backbone, heavy, an mdtraj selection, or {json: FILE}")
 
     @field_validator("beads")
     @classmethod
@@ -135,9 +130,7 @@ class LabelSettings(Settings):
     force_map: Literal["slice", "optimal"] = "optimal"
     probes_per_frame: int = Field(4, ge=1)
     probe_law: Literal["rademacher", "normal"] = "rademacher"
-    step_nm: float | Literal["auto"] = Field(
-        "auto", description="largest atom displacement of a finite difference"
-    )
+    step_nm: float | Literal["auto"] = Field("auto", description="largest atom displacement of a finite difference")
     max_frames: int | None = Field(None, ge=1, description="label at most this many frames, evenly spaced")
     platform: str = Field("auto", description="auto measures; or Reference, CPU, CUDA, OpenCL, HIP")
     precision: Precision = "auto"
@@ -324,9 +317,7 @@ def load_protocol(path: PathLike, overrides: Sequence[str] = ()) -> Protocol:
         raise ConfigError(f"cannot be read ({error})", where=path) from error
     content = _parse_yaml(text, path)
     if not isinstance(content, dict):
-        raise ConfigError(
-            "not a protocol", expected="sections with keys", got=type(content).__name__, where=path
-        )
+        raise ConfigError("not a protocol", expected="sections with keys", got=type(content).__name__, where=path)
     for override in overrides:
         _apply_override(content, override)
     return validate_protocol(content, where=path)
@@ -379,9 +370,7 @@ class _StrictLoader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice!r} is given twice", node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -435,6 +424,7 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
             lines[f"{key}: missing"] = None
         else:
             message = item["msg"].removeprefix("Value error, ")
+            message = re.sub(r"a valid dictionary or instance of \w+", "a section with keys", message)
             got = "" if item["type"] == "value_error" else f", got {_shorten(item['input'])}"
             lines[f"{key}: {message[:1].lower()}{message[1:]}{got}" if key else message] = None
     return "; ".join(lines)

@@ -68,12 +68,8 @@ def run_doctor() -> DoctorReport:
     """Look at everything; takes some ten seconds, changes nothing."""
     versions = check_versions()
     platforms, gpu = list_platforms(), _ask_nvidia_smi()
-    backends = [
-        _check_torchforce(name) for name in ("Reference", *(p for p in GPU_PLATFORMS if p in platforms))
-    ]
-    backends.append(
-        _as_check("PythonForce", probe_backend("pythonforce", "Reference"), "reinstall openmm>=8.6,<8.7")
-    )
+    backends = [_check_torchforce(name) for name in ("Reference", *(p for p in GPU_PLATFORMS if p in platforms))]
+    backends.append(_as_check("PythonForce", probe_backend("pythonforce", "Reference"), "reinstall openmm>=8.6,<8.7"))
     production_ok = any(check.ok for check in backends) and all(
         check.ok for check in versions if check.name not in OPTIONAL
     )
@@ -88,9 +84,7 @@ def render(report: DoctorReport, console: Console) -> None:
     for check in report.checks:
         table.add_row("[green]ok[/]" if check.ok else "[red]off[/]", check.name, check.value, check.advice)
     console.print(table)
-    console.print(
-        "[green]production can run here[/]" if report.production_ok else "[red]production cannot run here[/]"
-    )
+    console.print("[green]production can run here[/]" if report.production_ok else "[red]production cannot run here[/]")
 
 
 def check_versions() -> list[DoctorCheck]:
@@ -99,9 +93,7 @@ def check_versions() -> list[DoctorCheck]:
         metadata = importlib.metadata.metadata("openmm-hvpcg")
         texts = importlib.metadata.requires("openmm-hvpcg") or []
     except importlib.metadata.PackageNotFoundError:
-        return [
-            DoctorCheck("openmm-hvpcg", False, "not installed", "pip install openmm-hvpcg, or make install")
-        ]
+        return [DoctorCheck("openmm-hvpcg", False, "not installed", "pip install openmm-hvpcg, or make install")]
     wanted = {r.name.lower(): r.specifier for r in map(Requirement, texts) if r.marker is None}
     return [
         _compare_version("python", host.python_version(), SpecifierSet(metadata["Requires-Python"] or "")),
@@ -189,9 +181,7 @@ def _check_torchforce(platform: str) -> DoctorCheck:
 def run_probe(code: str) -> str | None:
     """Run Python code in a process of its own; its last line is JSON: null, or what is wrong."""
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S
-        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return f"did not finish in {PROBE_TIMEOUT_S} s"
     if done.returncode < 0:

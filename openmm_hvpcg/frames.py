@@ -188,9 +188,7 @@ class FramesStore:
             self.attributes = dict(group.attrs)
             self.periodic = bool(group.attrs["periodic"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise DataError(
-                f"header is incomplete ({error})", where=path, hint="make the file again"
-            ) from error
+            raise DataError(f"header is incomplete ({error})", where=path, hint="make the file again") from error
         self._starts = np.concatenate([[0], np.cumsum(self.counts)]).astype(int)
 
     @classmethod
@@ -334,9 +332,7 @@ def topology_to_json(topology: md.Topology) -> str:
     InputError
         The atoms of a residue or chain are not consecutive: the text would put them in another order.
     """
-    if [a.index for c in topology.chains for r in c.residues for a in r.atoms] != list(
-        range(topology.n_atoms)
-    ):
+    if [a.index for c in topology.chains for r in c.residues for a in r.atoms] != list(range(topology.n_atoms)):
         raise InputError(
             "the atoms of a residue or chain are not consecutive", hint="reorder the atoms of the topology"
         )

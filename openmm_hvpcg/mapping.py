@@ -63,9 +63,7 @@ class BeadMap:
         weights = np.asarray(self.site_weights, dtype=np.float64)
         masses = np.asarray(self.masses, dtype=np.float64)
         if weights.ndim != 2 or weights.shape[0] == 0:
-            raise MappingError(
-                "a bead map needs at least one bead", expected="weights (B, A)", got=weights.shape
-            )
+            raise MappingError("a bead map needs at least one bead", expected="weights (B, A)", got=weights.shape)
         n_beads = weights.shape[0]
         for label, values in (("species", self.species), ("masses", masses), ("names", self.names)):
             if len(values) != n_beads:
@@ -170,9 +168,7 @@ class BeadMap:
             raise MappingError("not a bead map", where=where, expected='{"beads": [...], "bonds": [...]}')
         beads, total = content["beads"], content.get("n_atoms", n_atoms)
         if not isinstance(total, int) or total < 1:
-            raise MappingError(
-                "n_atoms is missing or wrong", where=where, expected="a positive integer", got=total
-            )
+            raise MappingError("n_atoms is missing or wrong", where=where, expected="a positive integer", got=total)
         if n_atoms not in (None, total):
             raise MappingError(
                 "the map is of another molecule",
@@ -328,9 +324,7 @@ def _fill_row(row: NDArray[np.float64], bead: Any, index: int, where: object) ->
     try:
         atoms, weights = [operator.index(a) for a in bead["atoms"]], [float(w) for w in bead["weights"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise MappingError(
-            f"bead {index} needs lists 'atoms' and 'weights' ({error})", where=where
-        ) from error
+        raise MappingError(f"bead {index} needs lists 'atoms' and 'weights' ({error})", where=where) from error
     if len(atoms) != len(weights) or len(set(atoms)) != len(atoms):
         raise MappingError(
             f"bead {index}: atoms and weights must match, each atom once",
@@ -359,7 +353,5 @@ def _check_bonds(bonds: Any, n_beads: int) -> NDArray[np.int64]:
     if pairs.ndim != 2 or pairs.shape[1] != 2:
         raise MappingError("bonds are not pairs of bead numbers", expected="(n, 2)", got=pairs.shape)
     if pairs.min() < 0 or pairs.max() >= n_beads or (pairs[:, 0] == pairs[:, 1]).any():
-        raise MappingError(
-            "a bond names beads that do not exist or joins a bead to itself", got=pairs.tolist()
-        )
+        raise MappingError("a bond names beads that do not exist or joins a bead to itself", got=pairs.tolist())
     return np.unique(np.sort(pairs, axis=1), axis=0).reshape(-1, 2)

@@ -78,9 +78,7 @@ class PotentialSpec:
         try:
             content = json.loads(text)
             if content["format"] != FORMAT:
-                raise PotentialError(
-                    "wrong kind of file", expected=FORMAT, got=content["format"], where=where
-                )
+                raise PotentialError("wrong kind of file", expected=FORMAT, got=content["format"], where=where)
             found = content["format_version"]
             if found != FORMAT_VERSION:
                 newer = isinstance(found, int) and found > FORMAT_VERSION
@@ -154,6 +152,10 @@ def read_spec(path: PathLike) -> PotentialSpec:
             name = next((n for n in archive.namelist() if n.endswith(f"extra/{SPEC_NAME}")), None)
             if name is None:
                 raise PotentialError("not a potential file: TorchScript without our spec", where=path)
+            # torch does not compare the checksums it writes.
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise PotentialError(f"the file is damaged (in {damaged})", where=path, hint="export it again")
             text = archive.read(name).decode("utf-8")
     # What the zip reader raises for a damaged archive.
     except (
@@ -182,10 +184,9 @@ def load_potential(path: PathLike) -> tuple[torch.jit.ScriptModule, PotentialSpe
     spec = read_spec(path)
     try:
         script = torch.jit.load(str(path), map_location="cpu")
-    except RuntimeError as error:
-        raise PotentialError(
-            f"the TorchScript is damaged ({str(error).splitlines()[0]})", where=path
-        ) from error
+    except Exception as error:  # torch raises of many kinds, with a C++ trace after the first line
+        reason = str(error).strip().partition("\n")[0]
+        raise PotentialError(f"the TorchScript is damaged ({reason})", where=path) from error
     return script.eval(), spec
 
 

@@ -151,9 +151,7 @@ def build_prior_geometry(bonds: NDArray[np.int64], n_beads: int) -> PriorGeometr
     )
 
 
-def assign_prior_terms(
-    parameters: PriorParameters, species: Sequence[str], bonds: NDArray[np.int64]
-) -> PriorTerms:
+def assign_prior_terms(parameters: PriorParameters, species: Sequence[str], bonds: NDArray[np.int64]) -> PriorTerms:
     """The prior terms of a molecule from its species (B,) and bonds (n, 2).
 
     A combination of species the fit never saw gets the parameters fitted over all species, with a warning.
@@ -183,17 +181,13 @@ def assign_prior_terms(
                 hint="train on a molecule that holds these species bonded this way",
             )
         if missing:
-            logger.warning(
-                "%s parameters fitted over all species serve %s", what, ", ".join(sorted(missing)[:10])
-            )
+            logger.warning("%s parameters fitted over all species serve %s", what, ", ".join(sorted(missing)[:10]))
         return index, np.array(rows, dtype=np.float64)
 
     bond_index, bond_rows = look_up("bond", parameters.bonds, geometry.bonds, bond_key)
     angle_index, angle_rows = look_up("angle", parameters.angles, geometry.angles, chain_key)
     dihedral_index, dihedral_rows = look_up("dihedral", parameters.dihedrals, geometry.dihedrals, chain_key)
-    improper_index, improper_rows = look_up(
-        "improper", parameters.impropers, geometry.impropers, improper_key
-    )
+    improper_index, improper_rows = look_up("improper", parameters.impropers, geometry.impropers, improper_key)
     pair_index, pair_rows = look_up("repulsion", parameters.repulsion, geometry.pairs, bond_key)
     return PriorTerms(
         PriorGeometry(bond_index, angle_index, dihedral_index, improper_index, pair_index),

@@ -144,9 +144,7 @@ def create_store(
     try:
         with explain_disk_errors(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            group = zarr.open_group(
-                str(temporary), mode="w", zarr_format=3, attributes={**header, **attributes}
-            )
+            group = zarr.open_group(str(temporary), mode="w", zarr_format=3, attributes={**header, **attributes})
             if add_arrays is not None:
                 add_arrays(group)
             os.replace(temporary, target)
@@ -196,18 +194,14 @@ def open_store(path: PathLike, kind: str, version: int, mode: str = "r") -> Any:
     return group
 
 
-def read_array(
-    group: Any, name: str, path: PathLike, shape: tuple[int | None, ...] | None = None
-) -> np.ndarray:
+def read_array(group: Any, name: str, path: PathLike, shape: tuple[int | None, ...] | None = None) -> np.ndarray:
     """Read one array of a store whole; a missing, damaged or misshapen one is a :class:`DataError`."""
     try:
         values = np.asarray(group[name][...])
     except KeyError as error:
         raise DataError(f"array {name!r} is missing", where=path, hint="make the file again") from error
     except Exception as error:
-        raise DataError(
-            f"array {name!r} is damaged ({error})", where=path, hint="make the file again"
-        ) from error
+        raise DataError(f"array {name!r} is damaged ({error})", where=path, hint="make the file again") from error
     if shape is not None and (
         values.ndim != len(shape)
         or any(want is not None and want != have for want, have in zip(shape, values.shape, strict=True))

@@ -33,13 +33,16 @@ _KIND_KEYS = {
     "angle": "js_angles_mean",
     "dihedral": "js_dihedrals_mean",
 }
-_TRAINING_KEYS = {
+_LABEL_KEYS = {
     "force_rmse_validation": "force error on the validation labels, rms per component (kJ/mol/nm)",
     "hvp_rmse_validation": "HVP error on the validation targets, rms per component (kJ/mol/nm^2)",
     "force_noise": "noise level of the force labels: no model's error falls below it (kJ/mol/nm)",
     "hvp_noise": "noise level of the HVP targets: no model's error falls below it (kJ/mol/nm^2)",
     "force_rmse_priors": "force error of the priors alone, without the network (kJ/mol/nm)",
     "hvp_rmse_priors": "HVP error of the priors alone, without the network (kJ/mol/nm^2)",
+}
+_TRAINING_KEYS = {
+    **_LABEL_KEYS,
     "n_frames": "frames used: of the reference, of an arm's CG run after burn-in, or of the training data",
     "n_validation_frames": "frames held out to validate on",
     "epochs": "training epochs run",
@@ -162,12 +165,12 @@ def build_summary(
         molecules[molecule] = {
             "reference": None if comparison is None else _describe_reference(comparison),
             "arms": {
-                arm: _describe_arm(molecule, arm, comparison, simulation)
+                arm: _describe_arm(molecule, arm, comparison, training, simulation)
                 for arm in find_arms(molecule, comparison, training, simulation)
             },
         }
     for arm, figures in training.items():
-        if unknown := set(figures) - set(_TRAINING_KEYS) - {"curves"}:
+        if unknown := set(figures) - set(_TRAINING_KEYS) - {"curves", "molecules"}:
             logger.info("arm %s: not in the summary: %s", arm, ", ".join(sorted(unknown)))
     content = {
         "format": "openmm-hvpcg/summary",
@@ -217,11 +220,15 @@ def _describe_reference(c: Comparison) -> dict[str, Any]:
     return figures
 
 
-def _describe_arm(molecule: str, arm: str, comparison: Comparison | None, simulation: Simulation) -> dict[str, Any]:
+def _describe_arm(
+    molecule: str, arm: str, comparison: Comparison | None, training: Training, simulation: Simulation
+) -> dict[str, Any]:
     status, message = judge_arm(molecule, arm, comparison, simulation)
     run = simulation.get(molecule, {}).get(arm, {})
     figures: dict[str, Any] = {"status": status, "message": message}
     figures |= {key: run.get(key) for key in _SIMULATION_KEYS}
+    labels = training.get(arm, {}).get("molecules", {}).get(molecule, {})
+    figures |= {key: labels.get(key) for key in _LABEL_KEYS}
     c = comparison if status == "ok" else None
     figures["n_frames"] = c.n_frames[arm] if c else None
     spaces: dict[str, Landscape | None] = _find_spaces(c) if c else dict.fromkeys(_SPACES)

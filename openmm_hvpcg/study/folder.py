@@ -101,7 +101,7 @@ class Study:
             json_map = {f"{FILE}{beads['json']}": _hash(self.base / beads["json"])} if isinstance(beads, dict) else {}
             own = {**_flatten("mapping", p.mapping), **json_map, **_flatten("labels", p.labels)}
             return {**self.describe_unit("sample", unit), **own}
-        if stage in ("train", "export"):
+        if stage == "train":
             training, model = resolve_arm(p, unit)
             own = {**_flatten("priors", p.priors), **_flatten("training", training), **_flatten("model", model)}
             own.pop("training.arms", None)
@@ -109,6 +109,8 @@ class Study:
             for molecule in self.trained:
                 before |= self.describe_unit("label", molecule.name)
             return {**before, **own, "molecules trained on": [m.name for m in self.trained]}
+        if stage == "export":
+            return {f"{FILE}training.json": _hash(self.find_output("train", unit))}
         if stage == "simulate":
             arm, molecule_name = unit.split("/")
             before = {**self.describe_unit("train", arm), **self.describe_unit("sample", molecule_name)}
@@ -146,11 +148,17 @@ class Study:
         return self.report_folder / "summary.json"
 
     def is_done(self, stage: str, unit: str) -> bool:
-        return self._record_path(stage, unit).exists() and self.find_output(stage, unit).exists()
+        """Whether a unit's result is there, and still the one of what it was made from."""
+        path = self._record_path(stage, unit)
+        if not (path.exists() and self.find_output(stage, unit).exists()):
+            return False
+        # The other stages were compared when the study was opened; these two are quick and made again.
+        return stage not in ("export", "compare") or read_record(path) == self.describe_unit(stage, unit)
 
     def mark_begun(self, stage: str, unit: str) -> None:
         """Record the settings a unit is started with, so that it is not gone on with under other ones."""
         write_json(self._record_path(stage, f"{unit}/begun"), self.describe_unit(stage, unit))
+        self._record_path(stage, unit).unlink(missing_ok=True)
 
     def mark_done(self, stage: str, unit: str) -> None:
         """Record that a unit is finished, and from which settings."""
@@ -159,7 +167,7 @@ class Study:
 
     def find_changes(self, stage: str, unit: str) -> list[str]:
         """Settings of a begun or finished unit that differ from the protocol's, as ``key (old -> new)``."""
-        paths = [self._record_path(stage, name) for name in (unit, f"{unit}/begun")]
+        paths = [self._record_path(stage, name) for name in (f"{unit}/begun", unit)]
         found = next((path for path in paths if path.exists()), None)
         if found is None or not self.find_output(stage, unit, begun=True).exists():
             return []

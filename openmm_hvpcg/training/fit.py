@@ -1,8 +1,6 @@
 """Training: force matching and force + HVP matching of a network on top of fixed priors, by Lightning.
 
-The priors do not change while the network learns, so their forces and HVPs are taken out of the labels once, before
-training: with ``q' = q - F_prior`` and ``p' = p - H_prior v`` the residual ``d`` and the target are the same as for the
-total energy, and a step costs the network alone.
+The labels come without the priors' part (see :mod:`openmm_hvpcg.training.preparation`).
 """
 
 from __future__ import annotations
@@ -12,41 +10,35 @@ import logging
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from openmm_hvpcg._version import __version__
 from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
 from openmm_hvpcg.cores import choose_torch_threads, use_torch_threads
 from openmm_hvpcg.errors import BackendError, DataError, PotentialError, StudyError
 from openmm_hvpcg.potential import PotentialSpec
-from openmm_hvpcg.prior_terms import PriorParameters
 from openmm_hvpcg.progress import track
 from openmm_hvpcg.storage import explain_disk_errors, write_json
-from openmm_hvpcg.training.batches import Batch, BatchSampler, FrameBatches, MoleculeTensors
-from openmm_hvpcg.training.dataset import LabelledFrames, split_by_time_blocks
+from openmm_hvpcg.training.batches import Batch, BatchSampler, FrameBatches
+from openmm_hvpcg.training.dataset import LabelledFrames
 from openmm_hvpcg.training.derivatives import compute_forces, compute_forces_and_hvps
-from openmm_hvpcg.training.fit_priors import fit_priors
-from openmm_hvpcg.training.losses import LossScales, compute_hvp_target, force_loss, hvp_loss
+from openmm_hvpcg.training.evaluation import evaluate_network
+from openmm_hvpcg.training.losses import LossScales, force_loss, hvp_loss
 from openmm_hvpcg.training.models.schnet import build_network
-from openmm_hvpcg.training.models.total import TotalEnergy
-from openmm_hvpcg.training.noise import estimate_noise
+from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared, prepare
 from openmm_hvpcg.units import compute_kt
 
 logger = logging.getLogger(__name__)
 
 RESULT_NAME = "training.json"
-EVALUATION_FRAMES = 256
 #: Pairs of beads in a batch that give a second thread enough to do.
 TRAINING_PAIRS = 8000
 
@@ -58,26 +50,13 @@ class FitResult:
     ``metrics`` keys: ``force_rmse_validation``, ``force_rmse_priors``, ``force_noise`` (kJ/mol/nm);
     ``hvp_rmse_validation``, ``hvp_rmse_priors``, ``hvp_noise`` (kJ/mol/nm^2); all root mean squares per component;
     ``n_frames``, ``n_validation_frames``, ``epochs``, ``best_epoch``, ``wall_time_s``, ``force_weight``,
-    ``hvp_weight``.
+    ``hvp_weight``; ``molecules``, the errors and noise of each.
     """
 
     network: torch.nn.Module
     spec: PotentialSpec
     metrics: dict[str, Any]
     curves: list[dict[str, float]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What training needs from the datasets: tensors without the priors' part, splits, scales, the spec."""
-
-    molecules: list[MoleculeTensors]
-    training: list[NDArray[np.int64]]
-    validation: list[NDArray[np.int64]]
-    scales: LossScales
-    prior_validation: tuple[float, float]
-    spec: PotentialSpec
-    beta: float
 
 
 def fit_potential(
@@ -118,7 +97,7 @@ def fit_potential(
         "datasets": {d.name: d.hash for d in datasets},
     }
     _check_folder(folder, made_from)
-    prepared = _prepare(datasets, training, model, priors, made_from)
+    prepared = prepare(datasets, training, model, priors, made_from)
     if (folder / RESULT_NAME).exists():
         logger.info("%s: training is finished already", folder)
         return load_fit(folder)
@@ -131,7 +110,7 @@ def fit_potential(
             recorder, checkpoint, trainer = _train(prepared, training, model, folder, progress)
     best = Path(checkpoint.best_model_path)
     network = _load_network(best, prepared.spec, model)
-    metrics = _evaluate(network, prepared, datasets)
+    metrics = evaluate_network(network, prepared, datasets)
     metrics |= {
         "n_frames": int(sum(len(t) for t in prepared.training)),
         "n_validation_frames": int(sum(len(v) for v in prepared.validation)),
@@ -145,7 +124,7 @@ def fit_potential(
         c["val_loss"] for c in recorder.curves[1:] or recorder.curves
     ):
         logger.warning("%s: no epoch was better than the priors alone; more frames or a smaller network may help", arm)
-    spec = PotentialSpec(**{**_spec_fields(prepared.spec), "metrics": metrics})
+    spec = replace(prepared.spec, metrics=metrics)
     content = {"spec": json.loads(spec.to_json()), "best": best.name, "curves": recorder.curves, "metrics": metrics}
     write_json(folder / RESULT_NAME, content)
     return FitResult(network, spec, metrics, recorder.curves)
@@ -294,112 +273,8 @@ def _check_folder(folder: Path, made_from: dict[str, Any]) -> None:
         )
 
 
-def _prepare(
-    datasets: Sequence[LabelledFrames],
-    training: TrainingSettings,
-    model: ModelSettings,
-    priors: PriorSettings,
-    made_from: dict[str, Any],
-) -> _Prepared:
-    """Split, fit the priors on the training part alone, take them out of the labels, set the scales."""
-    if not datasets:
-        raise DataError("there is nothing to train on", expected="at least one dataset")
-    temperatures = {d.temperature_K for d in datasets}
-    if len(temperatures) > 1:
-        raise DataError("datasets of different temperatures cannot train one potential", got=sorted(temperatures))
-    temperature = temperatures.pop()
-    splits = [
-        split_by_time_blocks(d.walker, training.validation_fraction, training.validation_blocks) for d in datasets
-    ]
-    parameters = fit_priors(
-        [(d.bead_map, d.positions[s[0]]) for d, s in zip(datasets, splits, strict=True)], priors, temperature
-    )
-    spec = _build_spec(datasets, parameters, model, temperature, made_from)
-    molecules = [_remove_priors(d, spec) for d in datasets]
-    beta = 1.0 / compute_kt(temperature)
-    scales = LossScales(*_mean_squares(molecules, [s[0] for s in splits], beta))
-    if not (scales.force > 0 and scales.hvp > 0):
-        raise DataError("the labels hold nothing to learn: forces or HVPs are all zero", where=datasets[0].name)
-    prior_force, prior_hvp = _mean_squares(molecules, [s[1] for s in splits], beta)
-    return _Prepared(
-        molecules,
-        [s[0] for s in splits],
-        [s[1] for s in splits],
-        scales,
-        (prior_force / scales.force, prior_hvp / scales.hvp),
-        spec,
-        beta,
-    )
-
-
-def _build_spec(
-    datasets: Sequence[LabelledFrames],
-    parameters: PriorParameters,
-    model: ModelSettings,
-    temperature_K: float,
-    made_from: dict[str, Any],
-) -> PotentialSpec:
-    species = sorted({s for d in datasets for s in d.bead_map.species})
-    masses: dict[str, float] = {}
-    sites: dict[str, str] = {}
-    for d in datasets:
-        for name, residue, kind, mass in zip(
-            d.bead_map.names, d.bead_map.residues, d.bead_map.species, d.bead_map.masses.tolist(), strict=True
-        ):
-            masses.setdefault(kind, mass)
-            sites.setdefault(f"{residue[0]}:{name}", kind)
-    return PotentialSpec(
-        tuple(species),
-        datasets[0].bead_map,
-        sites,
-        masses,
-        parameters,
-        model.cutoff_nm,
-        temperature_K,
-        model.model_dump(mode="json"),
-        {d.name: d.hash for d in datasets},
-        {},
-        {"made_from": made_from, "package_version": __version__, "torch_version": torch.__version__},
-    )
-
-
-def _spec_fields(spec: PotentialSpec) -> dict[str, Any]:
-    return {name: getattr(spec, name) for name in spec.__dataclass_fields__}
-
-
-def _remove_priors(dataset: LabelledFrames, spec: PotentialSpec) -> MoleculeTensors:
-    """The dataset's tensors with the priors' forces and HVPs subtracted, in double, then float32."""
-    bound = PotentialSpec(**{**_spec_fields(spec), "bead_map": dataset.bead_map})
-    total = TotalEnergy(torch.nn.Identity(), bound).double()
-    positions = torch.from_numpy(dataset.positions)
-    probes = torch.from_numpy(dataset.probes)
-    forces, hvps = torch.from_numpy(dataset.forces).clone(), torch.from_numpy(dataset.hvps).clone()
-    for start in range(0, len(positions), EVALUATION_FRAMES):
-        rows = slice(start, start + EVALUATION_FRAMES)
-        f, h = compute_forces_and_hvps(total.prior_energies, positions[rows].double(), probes[rows].double())
-        forces[rows] = (forces[rows].double() - f).float()
-        hvps[rows] = (hvps[rows].double() - h).float()
-    return MoleculeTensors(
-        positions, forces, probes, hvps, torch.from_numpy(spec.compute_species_index(dataset.bead_map))
-    )
-
-
-def _mean_squares(
-    molecules: Sequence[MoleculeTensors], frames: Sequence[NDArray[np.int64]], beta: float
-) -> tuple[float, float]:
-    """Mean squares per component of what the priors leave of forces and of HVP targets."""
-    force, hvp, n_force, n_hvp = 0.0, 0.0, 0, 0
-    for m, index in zip(molecules, frames, strict=True):
-        rows = torch.from_numpy(index)
-        d, p, v = m.forces[rows].double(), m.hvps[rows].double(), m.probes[rows].double()
-        target = compute_hvp_target(p, d, v, beta)
-        force, n_force = force + float((d**2).sum()), n_force + d.numel()
-        hvp, n_hvp = hvp + float((target**2).sum()), n_hvp + target.numel()
-    return force / n_force, hvp / n_hvp
-
-
 def _train(
-    prepared: _Prepared, settings: TrainingSettings, model: ModelSettings, folder: Path, progress: bool
+    prepared: Prepared, settings: TrainingSettings, model: ModelSettings, folder: Path, progress: bool
 ) -> tuple[_Recorder, ModelCheckpoint, lightning.Trainer]:
     """Run Lightning to the end, from its last checkpoint where there is one."""
     if settings.accelerator == "cuda" and not torch.cuda.is_available():
@@ -417,7 +292,7 @@ def _train(
         )
         for frames, size, shuffle in (
             (prepared.training, settings.batch_size, True),
-            (prepared.validation, EVALUATION_FRAMES, False),
+            (prepared.validation, CHUNK_FRAMES, False),
         )
     ]
     checkpoints = folder / "checkpoints"
@@ -465,51 +340,6 @@ def _load_network(checkpoint: Path, spec: PotentialSpec, model: ModelSettings) -
     network = _new_network(spec, model)
     network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
     return network.eval()
-
-
-def _evaluate(network: torch.nn.Module, prepared: _Prepared, datasets: Sequence[LabelledFrames]) -> dict[str, Any]:
-    """Validation errors with all probes, those of the priors, and the noise of the labels."""
-    squares = np.zeros(4)
-    counts = np.zeros(2)
-    noise: list[dict[str, Any]] = []
-    for tensors, frames, dataset in zip(prepared.molecules, prepared.validation, datasets, strict=True):
-        residual, excess = _residuals(network, tensors, prepared.beta)
-        prior = compute_hvp_target(tensors.hvps, tensors.forces, tensors.probes, prepared.beta)
-        rows = torch.from_numpy(frames)
-        for k, values in enumerate((residual, tensors.forces, excess, prior)):
-            squares[k] += float((values[rows].double() ** 2).sum())
-        counts += [residual[rows].numel(), excess[rows].numel()]
-        found = estimate_noise(dataset.positions, dataset.walker, residual.numpy(), dataset.probes, excess.numpy())
-        if found is not None:
-            noise.append({**asdict(found), "weight": len(dataset.positions)})
-    rmse = np.sqrt(squares / np.repeat(counts, 2))
-    weights = [n["weight"] for n in noise]
-    return {
-        "force_rmse_validation": float(rmse[0]),
-        "force_rmse_priors": float(rmse[1]),
-        "force_noise": _rms_average([n["force"] for n in noise], weights),
-        "hvp_rmse_validation": float(rmse[2]),
-        "hvp_rmse_priors": float(rmse[3]),
-        "hvp_noise": _rms_average([n["hvp"] for n in noise], weights),
-    }
-
-
-def _residuals(network: torch.nn.Module, tensors: MoleculeTensors, beta: float) -> tuple[Tensor, Tensor]:
-    """Force residuals (T, B, 3) and HVP residuals ``t(v) - H v`` (T, P, B, 3) of all frames."""
-    forces, hvps = [], []
-    for start in range(0, len(tensors.positions), EVALUATION_FRAMES):
-        rows = slice(start, start + EVALUATION_FRAMES)
-        f, h = compute_forces_and_hvps(
-            lambda x: network(x, tensors.species), tensors.positions[rows], tensors.probes[rows]
-        )
-        d = tensors.forces[rows] - f
-        forces.append(d)
-        hvps.append(compute_hvp_target(tensors.hvps[rows], d, tensors.probes[rows], beta) - h)
-    return torch.cat(forces), torch.cat(hvps)
-
-
-def _rms_average(values: list[float], weights: list[int]) -> float | None:
-    return float(np.sqrt(np.average(np.square(values), weights=weights))) if values else None
 
 
 class _quiet_lightning(warnings.catch_warnings):

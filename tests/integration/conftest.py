@@ -27,6 +27,7 @@ SHRINK = (
     "model.radial=8",
     "training.max_epochs=3",
     "training.batch_size=16",
+    "training.learning_rate=0.001",
     "simulation.replicas=2",
     "simulation.n_steps=200",
     "simulation.save_every=10",

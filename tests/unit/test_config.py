@@ -237,7 +237,7 @@ class TestUnknownKeys:
         assert "known keys: bonds, angles, dihedrals, repulsion" in explain(change("priors.zzzz", 1))
 
     def test_a_key_that_is_no_text(self) -> None:
-        assert "7" in explain({**MINIMAL, 7: 1})  # type: ignore[dict-item]
+        assert "7: keys should be strings, got 7" in explain({**MINIMAL, 7: 1})  # type: ignore[dict-item]
 
     def test_several_problems_in_one_line(self) -> None:
         text = explain({**change("sampling.n_frame", 1), "model": {"features": -1}})
@@ -262,7 +262,7 @@ class TestWrongValues:
             ("molecules.0.name", "../up", "molecules.0.name: .*pattern"),
             ("molecules.0.name", "a\n", "molecules.0.name: .*pattern"),
             ("molecules.0.role", "testing", "molecules.0.role: .*'train', 'test' or 'both', got 'testing'"),
-            ("molecules.0.input", None, "molecules.0.input: "),
+            ("molecules.0.input", None, "molecules.0.input: .*section with keys, got None"),
             ("molecules.0.input.start", "coil", "input.start: .*'extended' or 'helix', got 'coil'"),
             ("molecules.0.input.solvent", "water", "input.solvent: "),
             ("molecules.0.input.caps", "perhaps", "input.caps: "),

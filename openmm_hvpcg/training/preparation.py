@@ -1,0 +1,155 @@
+"""From datasets to what training needs: splits, priors, labels without the priors' part, scales of the loss.
+
+The priors do not change while the network learns, so their forces and HVPs are taken out of the labels once: with
+``q' = q - F_prior`` and ``p' = p - H_prior v`` the residual ``d`` and the HVP target are the same as for the total
+energy, and a step costs the network alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from openmm_hvpcg._version import __version__
+from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
+from openmm_hvpcg.errors import DataError
+from openmm_hvpcg.potential import PotentialSpec
+from openmm_hvpcg.prior_terms import PriorParameters
+from openmm_hvpcg.training.batches import MoleculeTensors
+from openmm_hvpcg.training.dataset import LabelledFrames, split_by_time_blocks
+from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
+from openmm_hvpcg.training.fit_priors import fit_priors
+from openmm_hvpcg.training.losses import LossScales, compute_hvp_target
+from openmm_hvpcg.training.models.total import TotalEnergy
+from openmm_hvpcg.units import compute_kt
+
+#: Frames differentiated at once.
+CHUNK_FRAMES = 256
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training needs from the datasets.
+
+    Attributes
+    ----------
+    molecules : tensors without the priors' part
+    training, validation : frames of each molecule
+    scales : of the loss, from the training frames
+    prior_validation : force and HVP loss of the priors alone on the validation frames, normalised
+    spec : priors, species, provenance
+    beta : 1/kT, mol/kJ
+    """
+
+    molecules: list[MoleculeTensors]
+    training: list[NDArray[np.int64]]
+    validation: list[NDArray[np.int64]]
+    scales: LossScales
+    prior_validation: tuple[float, float]
+    spec: PotentialSpec
+    beta: float
+
+
+def prepare(
+    datasets: Sequence[LabelledFrames],
+    training: TrainingSettings,
+    model: ModelSettings,
+    priors: PriorSettings,
+    made_from: dict[str, Any],
+) -> Prepared:
+    """Split, fit the priors on the training part alone, take them out of the labels, set the scales."""
+    if not datasets:
+        raise DataError("there is nothing to train on", expected="at least one dataset")
+    temperatures = {d.temperature_K for d in datasets}
+    if len(temperatures) > 1:
+        raise DataError("datasets of different temperatures cannot train one potential", got=sorted(temperatures))
+    temperature = temperatures.pop()
+    splits = [
+        split_by_time_blocks(d.walker, training.validation_fraction, training.validation_blocks) for d in datasets
+    ]
+    parameters = fit_priors(
+        [(d.bead_map, d.positions[s[0]]) for d, s in zip(datasets, splits, strict=True)], priors, temperature
+    )
+    spec = _build_spec(datasets, parameters, model, temperature, made_from)
+    molecules = [_remove_priors(d, spec) for d in datasets]
+    beta = 1.0 / compute_kt(temperature)
+    scales = LossScales(*_mean_squares(molecules, [s[0] for s in splits], beta))
+    if not (scales.force > 0 and scales.hvp > 0):
+        raise DataError("the labels hold nothing to learn: forces or HVPs are all zero", where=datasets[0].name)
+    prior_force, prior_hvp = _mean_squares(molecules, [s[1] for s in splits], beta)
+    return Prepared(
+        molecules,
+        [s[0] for s in splits],
+        [s[1] for s in splits],
+        scales,
+        (prior_force / scales.force, prior_hvp / scales.hvp),
+        spec,
+        beta,
+    )
+
+
+def _build_spec(
+    datasets: Sequence[LabelledFrames],
+    parameters: PriorParameters,
+    model: ModelSettings,
+    temperature_K: float,
+    made_from: dict[str, Any],
+) -> PotentialSpec:
+    species = sorted({s for d in datasets for s in d.bead_map.species})
+    masses: dict[str, float] = {}
+    sites: dict[str, str] = {}
+    for d in datasets:
+        for name, residue, kind, mass in zip(
+            d.bead_map.names, d.bead_map.residues, d.bead_map.species, d.bead_map.masses.tolist(), strict=True
+        ):
+            masses.setdefault(kind, mass)
+            sites.setdefault(f"{residue[0]}:{name}", kind)
+    return PotentialSpec(
+        tuple(species),
+        datasets[0].bead_map,
+        sites,
+        masses,
+        parameters,
+        model.cutoff_nm,
+        temperature_K,
+        model.model_dump(mode="json"),
+        {d.name: d.hash for d in datasets},
+        {},
+        {"made_from": made_from, "package_version": __version__, "torch_version": torch.__version__},
+    )
+
+
+def _remove_priors(dataset: LabelledFrames, spec: PotentialSpec) -> MoleculeTensors:
+    """The dataset's tensors with the priors' forces and HVPs subtracted, in double, then float32."""
+    bound = replace(spec, bead_map=dataset.bead_map)
+    total = TotalEnergy(torch.nn.Identity(), bound).double()
+    positions = torch.from_numpy(dataset.positions)
+    probes = torch.from_numpy(dataset.probes)
+    forces, hvps = torch.from_numpy(dataset.forces).clone(), torch.from_numpy(dataset.hvps).clone()
+    for start in range(0, len(positions), CHUNK_FRAMES):
+        rows = slice(start, start + CHUNK_FRAMES)
+        f, h = compute_forces_and_hvps(total.prior_energies, positions[rows].double(), probes[rows].double())
+        forces[rows] = (forces[rows].double() - f).float()
+        hvps[rows] = (hvps[rows].double() - h).float()
+    return MoleculeTensors(
+        positions, forces, probes, hvps, torch.from_numpy(spec.compute_species_index(dataset.bead_map))
+    )
+
+
+def _mean_squares(
+    molecules: Sequence[MoleculeTensors], frames: Sequence[NDArray[np.int64]], beta: float
+) -> tuple[float, float]:
+    """Mean squares per component of what the priors leave of forces and of HVP targets."""
+    force, hvp, n_force, n_hvp = 0.0, 0.0, 0, 0
+    for m, index in zip(molecules, frames, strict=True):
+        rows = torch.from_numpy(index)
+        d, p, v = m.forces[rows].double(), m.hvps[rows].double(), m.probes[rows].double()
+        target = compute_hvp_target(p, d, v, beta)
+        force, n_force = force + float((d**2).sum()), n_force + d.numel()
+        hvp, n_hvp = hvp + float((target**2).sum()), n_hvp + target.numel()
+    return force / n_force, hvp / n_hvp

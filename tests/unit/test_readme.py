@@ -1,0 +1,34 @@
+"""What the README promises exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from openmm_hvpcg.analysis import SUMMARY_KEYS
+from openmm_hvpcg.config import validate_protocol
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_summary_key_is_documented_with_its_meaning():
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", README, flags=re.MULTILINE))
+    for key, meaning in SUMMARY_KEYS.items():
+        assert rows[key].replace("\\|", "|") == meaning
+
+
+def test_the_protocol_of_the_readme_is_valid():
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    assert len(validate_protocol(yaml.safe_load(text)).molecules) == 2
+
+
+def test_the_python_of_the_readme_imports():
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        compile(block, "README.md", "exec")
+        imports = [line for line in block.splitlines() if line.startswith(("from openmm_hvpcg", "import openmm_hvpcg"))]
+        assert imports
+        exec("\n".join(imports), {})
