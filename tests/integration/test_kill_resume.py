@@ -94,7 +94,7 @@ def test_training(study: Path, tmp_path: Path, arm: str) -> None:
     command.kill_when(lambda: count_epochs(folder) >= 3)
     assert not (folder / "training.json").exists()
     run("train", study, settings)
-    assert "training resumes from" in (study / "log.txt").read_text()
+    assert "training resumes after epoch" in (study / "log.txt").read_text()
     run("train", whole, settings)
     killed, uninterrupted = (json.loads((f / "models" / arm / "training.json").read_text()) for f in (study, whole))
     assert len(uninterrupted["curves"]) == 13

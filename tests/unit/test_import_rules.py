@@ -21,6 +21,7 @@ FOUNDATION = {
     "storage",
     "progress",
     "cores",
+    "quiet",
     "frames",
     "mapping",
     "prior_terms",
