@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from openmm_hvpcg.errors import MappingError
 from openmm_hvpcg.prior_terms import KEY_SEPARATOR
-from openmm_hvpcg.storage import PathLike, atomic_path, compute_hash, write_json, write_text
+from openmm_hvpcg.storage import PathLike, atomic_path, compute_hash, write_json
 
 if TYPE_CHECKING:
     import mdtraj as md
@@ -248,10 +248,10 @@ class BeadMap:
         with atomic_path(path) as temporary:
             trajectory.save_pdb(str(temporary))
             lines = temporary.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if not line.startswith(("CONECT", "END"))]
-        serials = [line[6:11] for line in kept if line.startswith(("ATOM", "HETATM"))]
-        bonds = [f"CONECT{serials[i]}{serials[j]}" for i, j in self.bonds]
-        write_text(path, "\n".join([*kept, *bonds, "END"]) + "\n")
+            kept = [line for line in lines if not line.startswith(("CONECT", "END"))]
+            serials = [line[6:11] for line in kept if line.startswith(("ATOM", "HETATM"))]
+            bonds = [f"CONECT{serials[i]}{serials[j]}" for i, j in self.bonds]
+            temporary.write_text("\n".join([*kept, *bonds, "END"]) + "\n", encoding="utf-8")
 
 
 def build_bead_map(beads: str, topology: md.Topology) -> BeadMap:

@@ -7,7 +7,6 @@ back to it, so that the finished files are those of an uninterrupted run.
 
 from __future__ import annotations
 
-import io
 import os
 import struct
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from openmm import app, unit
+from openmm import app
 
 from openmm_hvpcg.errors import StudyError
-from openmm_hvpcg.storage import PathLike, atomic_path, explain_disk_errors, write_text
+from openmm_hvpcg.storage import atomic_path, explain_disk_errors
 from openmm_hvpcg.units import PS_PER_FS
 
 TOPOLOGY_NAME = "topology.pdb"
@@ -81,21 +80,6 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
                 hint="remove the folder and run again",
             )
     return checkpoint
-
-
-def write_topology(path: PathLike, topology: app.Topology, positions: NDArray) -> None:
-    """Write a PDB of one molecule, positions (B, 3) nm, with CONECT records for every bond.
-
-    OpenMM and mdtraj leave the bonds of standard residues out, but beads are too far apart for a viewer to
-    guess them.
-    """
-    text = io.StringIO()
-    app.PDBFile.writeModel(topology, positions * unit.nanometer, text, keepIds=True)
-    lines = text.getvalue().splitlines()
-    serials = [line[6:11] for line in lines if line.startswith(("ATOM", "HETATM"))]
-    bonds = [(bond.atom1.index, bond.atom2.index) for bond in topology.bonds()]
-    lines += [f"CONECT{serials[i]}{serials[j]}" for i, j in sorted(bonds)]
-    write_text(path, "\n".join([*lines, "END"]) + "\n")
 
 
 def trajectory_names(replicas: int, trajectory_format: str) -> list[str]:

@@ -32,7 +32,6 @@ from openmm_hvpcg.simulation.outputs import (
     load_checkpoint,
     save_checkpoint,
     trajectory_names,
-    write_topology,
 )
 from openmm_hvpcg.simulation.results import (
     RESULT_NAME,
@@ -120,7 +119,7 @@ def simulate(
     system = potential.createSystem(topology, settings.replicas, backend, settings.priors)
     one_replica = potential.createTopology(topology)
     if stored is None:
-        stored = _prepare_folder(folder, study, system, starts, one_replica, backend)
+        stored = _prepare_folder(folder, study, system, starts, molecule, backend)
     plan = _Plan(folder, stored, settings, molecule, one_replica, system, starts)
     with use_torch_threads(stored["torch_threads"]):
         return _Run(plan, checkpoint_interval_s).run(progress)
@@ -151,7 +150,7 @@ def _prepare_folder(
     study: dict[str, Any],
     system: openmm.System,
     starts: NDArray[np.float64],
-    topology: app.Topology,
+    molecule: BeadMap,
     backend: str,
 ) -> dict[str, Any]:
     """Decide how to run; write ``topology.pdb`` and, last, ``run.json``, which makes the folder ours."""
@@ -170,7 +169,7 @@ def _prepare_folder(
         "measured_steps_per_second": choice.steps_per_second,
         "torch_threads": threads,
     }
-    write_topology(folder / TOPOLOGY_NAME, topology, starts[0] - starts[0].mean(axis=0))
+    molecule.save_pdb(folder / TOPOLOGY_NAME, starts[0] - starts[0].mean(axis=0))
     write_json(folder / STUDY_NAME, stored)
     return stored
 

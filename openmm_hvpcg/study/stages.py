@@ -20,7 +20,6 @@ from openmm_hvpcg.errors import HVPCGError, MappingError, StudyError, UnstableSi
 from openmm_hvpcg.frames import Frames, FramesStore, load_frames
 from openmm_hvpcg.mapping import BeadMap, build_bead_map
 from openmm_hvpcg.simulation import load_result, simulate
-from openmm_hvpcg.simulation.outputs import write_topology
 from openmm_hvpcg.storage import write_json
 from openmm_hvpcg.study.folder import LOG_NAME, Study, read_record, take_folder
 from openmm_hvpcg.study.reporting import TIMES, has_run, make_report, read_times
@@ -291,7 +290,7 @@ def _build_map(study: Study, molecule: str) -> BeadMap:
     path = study.map_path(molecule)
     if not path.exists() or BeadMap.load(path).hash != bead_map.hash:
         first = bead_map.map_positions(store.read().positions[0])
-        write_topology(path.with_suffix(".pdb"), bead_map.to_topology().to_openmm(), first)
+        bead_map.save_pdb(path.with_suffix(".pdb"), first)
         bead_map.save(path)
     return bead_map
 

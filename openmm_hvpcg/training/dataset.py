@@ -65,6 +65,8 @@ class LabelledFrames:
                     where=self.name,
                     hint="the file is truncated or damaged; make it again",
                 )
+        if self.walker.shape != (n_frames,) or (n_frames and self.walker.min() < 0):
+            raise DataError("array 'walker' is damaged", where=self.name, hint="make the file again")
 
     @property
     def n_frames(self) -> int:

@@ -77,9 +77,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 def test_passes_every_check(kind: str) -> None:
     eager, spec = build_model(kind)
-    check_potential(
-        CGPotential(script_potential(eager), spec), build_frames(4, 5), eager=eager
-    ).raise_if_failed()
+    check_potential(CGPotential(script_potential(eager), spec), build_frames(4, 5), eager=eager).raise_if_failed()
 
 
 def test_survives_the_file(kind: str, tmp_path: Path) -> None:

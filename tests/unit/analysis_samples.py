@@ -73,9 +73,7 @@ def simulate_chain(
     )
 
 
-def place(
-    a: np.ndarray, b: np.ndarray, c: np.ndarray, length: float, angle: float, dihedral: np.ndarray
-) -> np.ndarray:
+def place(a: np.ndarray, b: np.ndarray, c: np.ndarray, length: float, angle: float, dihedral: np.ndarray) -> np.ndarray:
     """Points d (T, 3): length c-d, angle b-c-d, dihedral a-b-c-d (radians, IUPAC sign)."""
     axis = (c - b) / np.linalg.norm(c - b, axis=1, keepdims=True)
     normal = np.cross(b - a, axis)
@@ -114,6 +112,4 @@ def sample_dipeptide(n_frames: int, seed: int, *, walkers: int = 2, helix: float
         angles = centre + 12.0 * rng.normal(size=(n_frames, 2))
         positions = build_dipeptide(angles[:, 0], angles[:, 1])
         parts.append(positions + 0.003 * rng.normal(size=positions.shape))
-    return Frames(
-        np.concatenate(parts), DIPEPTIDE.to_topology(), 300.0, np.repeat(np.arange(walkers), n_frames), 0.5
-    )
+    return Frames(np.concatenate(parts), DIPEPTIDE.to_topology(), 300.0, np.repeat(np.arange(walkers), n_frames), 0.5)

@@ -40,9 +40,7 @@ def dipeptide() -> Comparison:
         "same": sample_dipeptide(500, 2, walkers=8),
         "helical": sample_dipeptide(500, 3, walkers=8, helix=0.8),
     }
-    return compare_runs(
-        sample_dipeptide(2000, 1), runs, SETTINGS, molecule="ala", phi_psi=find_phi_psi(DIPEPTIDE)
-    )
+    return compare_runs(sample_dipeptide(2000, 1), runs, SETTINGS, molecule="ala", phi_psi=find_phi_psi(DIPEPTIDE))
 
 
 def test_the_same_model_is_within_the_sampling_floor(chain: Comparison) -> None:
@@ -137,9 +135,7 @@ def test_burn_in_is_not_counted() -> None:
     compared = compare_runs(reference, {"run": spoiled}, SETTINGS, molecule="chain")
     assert compared.n_frames == {"run": 540}
     assert compared.tica1.outside["run"] < 0.02
-    counted = compare_runs(
-        reference, {"run": spoiled}, SETTINGS.model_copy(update={"burn_in": 0.0}), molecule="chain"
-    )
+    counted = compare_runs(reference, {"run": spoiled}, SETTINGS.model_copy(update={"burn_in": 0.0}), molecule="chain")
     assert counted.tica1.outside["run"] > 0.09
 
 
@@ -241,9 +237,7 @@ def test_bad_inputs() -> None:
         compare(phi_psi=((0, 1, 2, 5), (1, 2, 3, 4)))
     with pytest.raises(InputError, match=r"mol: the reference is too short for the TICA lag"):
         compare(reference=simulate_chain(8, 1))
-    with pytest.raises(
-        InputError, match=r"mol: the reference is too short: expected at least 10 frames, got 6"
-    ):
+    with pytest.raises(InputError, match=r"mol: the reference is too short: expected at least 10 frames, got 6"):
         compare(reference=simulate_chain(3, 1))
     one = build_chain_topology(1)
     single = dataclasses.replace(reference, positions=reference.positions[:, :1], topology=one)

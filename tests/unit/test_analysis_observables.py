@@ -96,9 +96,7 @@ def test_size_and_rmsd() -> None:
     turned = square[:, [1, 2, 0]] + 5.0
     frames = to_frames(np.stack([square, turned, 2 * square]))
     # float32 positions, around 5 nm: 5e-7 nm.
-    assert obs.compute_radius_of_gyration(frames) == pytest.approx(
-        np.sqrt(2) * np.array([0.1, 0.1, 0.2]), abs=5e-6
-    )
+    assert obs.compute_radius_of_gyration(frames) == pytest.approx(np.sqrt(2) * np.array([0.1, 0.1, 0.2]), abs=5e-6)
     # Superposed; twice the size leaves each corner sqrt(2) 0.1 nm away. mdtraj's RMSD is a float32
     # difference of sums of squares: 1e-3 nm near zero.
     assert obs.compute_rmsd(frames, square) == pytest.approx([0.0, 0.0, np.sqrt(2) * 0.1], abs=1e-3)

@@ -80,9 +80,7 @@ def training() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def simulation() -> dict[str, Any]:
-    blown = describe_run(
-        stable=False, simulated_ns=float("nan"), message="energy 1e9 at step 312, replica <1>"
-    )
+    blown = describe_run(stable=False, simulated_ns=float("nan"), message="energy 1e9 at step 312, replica <1>")
     return {
         "ala": {"fm": describe_run(), "hvp": describe_run(), "bad": blown},
         "chain": {"fm": describe_run()},
@@ -169,9 +167,7 @@ def test_names_are_escaped(comparisons, tmp_path: Path) -> None:
     evil = '<img src="http://x/y.png" onerror=alert(1)>'
     training = {evil: describe_training()}
     simulation = {evil: {evil: describe_run(message=evil, backend=evil, stable=False)}}
-    path = write_report(
-        tmp_path, {evil: comparisons["chain"]}, training, simulation, {evil: {evil: evil}}, title=evil
-    )
+    path = write_report(tmp_path, {evil: comparisons["chain"]}, training, simulation, {evil: {evil: evil}}, title=evil)
     page = parse(path)
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert '<img src="http' not in path.read_text(encoding="utf-8")
@@ -230,9 +226,7 @@ def test_summary_holds_the_contract(comparisons, training, simulation) -> None:
 
 def test_summary_takes_numpy_values(comparisons, simulation, tmp_path: Path) -> None:
     training = {"fm": {"epochs": np.int64(3), "force_noise": np.float32(2.5), "hvp_noise": np.float64("inf")}}
-    summary = write_summary(
-        tmp_path / "s.json", comparisons, training, simulation, {"a": np.arange(2), "p": tmp_path}
-    )
+    summary = write_summary(tmp_path / "s.json", comparisons, training, simulation, {"a": np.arange(2), "p": tmp_path})
     assert summary["arms"]["fm"]["epochs"] == 3
     assert summary["arms"]["fm"]["force_noise"] == 2.5
     assert summary["arms"]["fm"]["hvp_noise"] is None

@@ -92,9 +92,7 @@ def test_lower_case_and_proline_phi() -> None:
     assert phi[1] == pytest.approx(-65.0, abs=1.0)
 
 
-@pytest.mark.parametrize(
-    ("sequence", "words"), [("AXB", "'X' at position 2"), ("", "empty"), ("A A", "position 2")]
-)
+@pytest.mark.parametrize(("sequence", "words"), [("AXB", "'X' at position 2"), ("", "empty"), ("A A", "position 2")])
 def test_bad_sequences(sequence: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
         build_peptide(sequence)

@@ -26,9 +26,7 @@ def test_wrap_undoes_any_box_shift() -> None:
     rng = np.random.default_rng(1)
     molecules = np.repeat(np.arange(30), 3)
     # Near the first molecule: the nearest image is then the molecule itself.
-    positions = np.repeat(rng.uniform(-0.6, 0.6, size=(30, 3)), 3, axis=0) + rng.normal(
-        scale=0.05, size=(90, 3)
-    )
+    positions = np.repeat(rng.uniform(-0.6, 0.6, size=(30, 3)), 3, axis=0) + rng.normal(scale=0.05, size=(90, 3))
     shifts = rng.integers(-4, 5, size=(30, 3)) @ BOX
     wrapped = wrap_molecules(positions + shifts[molecules], BOX, molecules)
     expected = positions - positions[molecules == 0].mean(axis=0) + BOX.sum(axis=0) / 2

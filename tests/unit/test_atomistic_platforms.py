@@ -45,9 +45,7 @@ def test_auto_takes_the_fastest_and_says_so(
     assert choice.calls_per_second[choice.name] == max(choice.calls_per_second.values())
     assert choice.reason in caplog.text
     assert len([r for r in caplog.records if "platform" in r.message]) == 1
-    assert (
-        choice.make_context(chain[0], openmm.VerletIntegrator(0.001)).getPlatform().getName() == choice.name
-    )
+    assert choice.make_context(chain[0], openmm.VerletIntegrator(0.001)).getPlatform().getName() == choice.name
 
 
 def test_measuring_does_not_move_anything(chain: tuple[openmm.System, np.ndarray]) -> None:

@@ -26,9 +26,7 @@ from openmm_hvpcg.units import compute_kt
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 
-SETTINGS = SamplingSettings(
-    n_frames=61, stride=20, walkers=2, equilibration_steps=200, platform="Reference", seed=7
-)
+SETTINGS = SamplingSettings(n_frames=61, stride=20, walkers=2, equilibration_steps=200, platform="Reference", seed=7)
 
 #: Runs the sampling of SETTINGS with other lengths, in a process that can be killed.
 SCRIPT = """
@@ -50,9 +48,7 @@ def molecule() -> AtomisticSystem:
     return build_atomistic_system(settings, temperature_K=300.0, base=DATA)
 
 
-def run(
-    molecule: AtomisticSystem, path: Path, settings: SamplingSettings = SETTINGS, every: float = 5.0
-) -> Frames:
+def run(molecule: AtomisticSystem, path: Path, settings: SamplingSettings = SETTINGS, every: float = 5.0) -> Frames:
     return sample_frames(molecule, settings, path, progress=False, checkpoint_seconds=every).read()
 
 
@@ -71,11 +67,7 @@ def test_frames_and_walkers(reference: Frames, molecule: AtomisticSystem) -> Non
     a, b = reference.split_walkers()
     assert not np.array_equal(a[0], b[0])  # walkers have velocities of their own
     bonds = np.array(
-        [
-            [i.index, j.index]
-            for i, j in molecule.topology.bonds
-            if "H" in (i.element.symbol, j.element.symbol)
-        ]
+        [[i.index, j.index] for i, j in molecule.topology.bonds if "H" in (i.element.symbol, j.element.symbol)]
     )
     lengths = np.linalg.norm(np.diff(reference.positions[:, bonds], axis=2), axis=-1)
     # Constrained to a relative 1e-5 (OpenMM's default), 1e-6 nm; float32 positions add 2e-7.
@@ -85,9 +77,7 @@ def test_frames_and_walkers(reference: Frames, molecule: AtomisticSystem) -> Non
 def test_same_seed_same_frames_whatever_the_checkpoints(
     molecule: AtomisticSystem, reference: Frames, tmp_path: Path
 ) -> None:
-    np.testing.assert_array_equal(
-        run(molecule, tmp_path / "f.zarr", every=0.0).positions, reference.positions
-    )
+    np.testing.assert_array_equal(run(molecule, tmp_path / "f.zarr", every=0.0).positions, reference.positions)
     assert [p.name for p in tmp_path.iterdir()] == ["f.zarr"]  # checkpoints are gone
 
 
@@ -239,9 +229,7 @@ def test_auto_goes_on_with_the_platform_it_began_on(
     np.testing.assert_array_equal(frames.positions, reference.positions)
 
 
-def test_finished_store_is_left_alone_and_other_settings_are_refused(
-    molecule: AtomisticSystem, tmp_path: Path
-) -> None:
+def test_finished_store_is_left_alone_and_other_settings_are_refused(molecule: AtomisticSystem, tmp_path: Path) -> None:
     path = tmp_path / "f.zarr"
     first = run(molecule, path)
     started = time.monotonic()
@@ -264,9 +252,7 @@ def test_blow_up_names_the_walker_and_keeps_frames(tmp_path: Path) -> None:
     )
     # Stretching of bonds to hydrogen has a period of 10 fs: any step above 3 fs diverges.
     settings = SETTINGS.model_copy(update={"timestep_fs": 8.0, "equilibration_steps": 0, "stride": 1})
-    with pytest.raises(
-        UnstableSimulationError, match=r"walker [01] blew up, (last good frame|before its first)"
-    ):
+    with pytest.raises(UnstableSimulationError, match=r"walker [01] blew up, (last good frame|before its first)"):
         run(molecule, tmp_path / "f.zarr", settings)
     store = FramesStore.open(tmp_path / "f.zarr")
     assert not store.is_complete
@@ -309,9 +295,7 @@ def test_periodic_frames_are_whole(tmp_path: Path) -> None:
     molecule = build_atomistic_system(
         InputSettings(sequence="G", solvent="explicit", padding_nm=0.65), temperature_K=300.0
     )
-    settings = SamplingSettings(
-        n_frames=4, stride=5, walkers=1, equilibration_steps=5, platform="CPU", seed=1
-    )
+    settings = SamplingSettings(n_frames=4, stride=5, walkers=1, equilibration_steps=5, platform="CPU", seed=1)
     frames = run(molecule, tmp_path / "f.zarr", settings)
     assert frames.box is not None
     assert molecule.box is not None

@@ -33,9 +33,7 @@ def build(base: Path = DATA, constraints: str = "hbonds", **settings: object) ->
 
 
 def evaluate(system: openmm.System, positions: np.ndarray) -> tuple[float, np.ndarray]:
-    context = openmm.Context(
-        system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference")
-    )
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
     context.setPositions(positions)
     state = context.getState(getEnergy=True, getForces=True)
     forces = state.getForces(asNumpy=True).value_in_unit(unit.kilojoule_per_mole / unit.nanometer)
@@ -101,18 +99,14 @@ def test_vacuum_has_no_solvent(settings: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("settings", [PDB, AMBER], ids=["pdb", "amber"])
 def test_constraints(settings: dict[str, str]) -> None:
-    counts = [
-        build(constraints=c, **settings).system.getNumConstraints() for c in ("none", "hbonds", "allbonds")
-    ]
+    counts = [build(constraints=c, **settings).system.getNumConstraints() for c in ("none", "hbonds", "allbonds")]
     assert counts == [0, 17, 31]  # dialanine has 17 hydrogens and 31 bonds
 
 
 @pytest.mark.parametrize("settings", [PDB, AMBER], ids=["pdb", "amber"])
 def test_hydrogen_mass_repartitioning(settings: dict[str, str]) -> None:
     plain, heavy = build(**settings), build(**settings, hydrogen_mass_amu=1.5)
-    masses = [
-        np.array([m.system.getParticleMass(i)._value for i in range(m.n_atoms)]) for m in (plain, heavy)
-    ]
+    masses = [np.array([m.system.getParticleMass(i)._value for i in range(m.n_atoms)]) for m in (plain, heavy)]
     hydrogens = np.array([a.element.symbol == "H" for a in heavy.topology.atoms])
     np.testing.assert_allclose(masses[1][hydrogens], 1.5)
     # Force-field files give masses to three or four digits; their sums agree to rounding.
@@ -128,9 +122,7 @@ def test_charmm_knows_caps_and_charged_ends(caps: bool) -> None:
 
 
 def test_explicit_box_is_neutral_periodic_and_rigid() -> None:
-    molecule = build(
-        sequence="D", solvent="explicit", padding_nm=0.6, ionic_strength_molar=0.3, constraints="none"
-    )
+    molecule = build(sequence="D", solvent="explicit", padding_nm=0.6, ionic_strength_molar=0.3, constraints="none")
     names = [r.name for r in molecule.topology.residues]
     assert molecule.is_periodic
     assert names[:3] == ["ACE", "ASP", "NME"]
@@ -145,9 +137,7 @@ def test_explicit_box_is_neutral_periodic_and_rigid() -> None:
     assert molecule.box is not None
     # 33.4 waters a cubic nm in the bulk; the solute and the layer around it leave some of the box free.
     assert 20.0 < n_water / np.prod(np.diag(molecule.box)) < 34.0
-    context = openmm.Context(
-        molecule.system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("CPU")
-    )
+    context = openmm.Context(molecule.system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("CPU"))
     context.setPositions(molecule.positions)
     openmm.LocalEnergyMinimizer.minimize(context, 10.0, 100)
     energy = context.getState(getEnergy=True).getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole)
@@ -217,9 +207,7 @@ def _edit_pdb(tmp_path: Path, keep: object = None, replace: tuple[str, str] | No
 
 def test_missing_hydrogens(tmp_path: Path) -> None:
     name = _edit_pdb(tmp_path, keep=lambda line: line[76:78].strip() != "H" or line[22:26].strip() != "3")
-    with pytest.raises(
-        InputError, match=r"residue ALA 3 \(chain A\) lacks hydrogens .*addHydrogens or pdbfixer"
-    ):
+    with pytest.raises(InputError, match=r"residue ALA 3 \(chain A\) lacks hydrogens .*addHydrogens or pdbfixer"):
         build(base=tmp_path, pdb=name)
 
 
@@ -231,9 +219,7 @@ def test_missing_heavy_atom(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("solvent", ["obc2", "explicit"])
 def test_unknown_residue(tmp_path: Path, solvent: str) -> None:
-    name = _edit_pdb(
-        tmp_path, keep=lambda line: line[22:26].strip() != "3", replace=("ALA A   2", "XYZ A   2")
-    )
+    name = _edit_pdb(tmp_path, keep=lambda line: line[22:26].strip() != "3", replace=("ALA A   2", "XYZ A   2"))
     with pytest.raises(InputError, match=r"residue XYZ 2 \(chain A\) is unknown"):
         build(base=tmp_path, pdb=name, solvent=solvent)
 

@@ -37,9 +37,7 @@ def write(path: Path, topology: md.Topology, positions: np.ndarray, interval_ps:
 
 
 @pytest.mark.parametrize("ending", ["xtc", "dcd", "trr", "nc", "pdb"])
-def test_formats(
-    molecule: AtomisticSystem, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_formats(molecule: AtomisticSystem, tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trajectories, "CHUNK_FRAMES", 4)
     counts, files, positions = (7, 10), [], []
     for i, n in enumerate(counts):
@@ -113,9 +111,7 @@ def test_molecules_are_made_whole(dimer: AtomisticSystem, tmp_path: Path) -> Non
     trajectory = md.Trajectory(broken, dimer.topology)
     trajectory.unitcell_vectors = np.repeat(3.0 * np.eye(3)[None], 9, axis=0)
     trajectory.save(str(tmp_path / "t.dcd"))
-    store = import_trajectory(
-        dimer, [tmp_path / "t.dcd"], tmp_path / "f.zarr", interval_ps=1.0, temperature_K=300.0
-    )
+    store = import_trajectory(dimer, [tmp_path / "t.dcd"], tmp_path / "f.zarr", interval_ps=1.0, temperature_K=300.0)
     frames = store.read()
     assert frames.box is not None
     np.testing.assert_allclose(frames.box, np.repeat(3.0 * np.eye(3)[None], 9, axis=0), atol=1e-6)
@@ -138,9 +134,7 @@ def test_other_number_of_atoms(molecule: AtomisticSystem, tmp_path: Path, ending
         import_trajectory(molecule, [file], tmp_path / "f.zarr", interval_ps=1.0, temperature_K=300.0)
 
 
-def test_nan_in_the_second_file(
-    molecule: AtomisticSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_in_the_second_file(molecule: AtomisticSystem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trajectories, "CHUNK_FRAMES", 4)
     good = write(tmp_path / "good.dcd", molecule.topology, shake(molecule, 3, 0))
     positions = shake(molecule, 9, 1)
@@ -156,32 +150,23 @@ def test_nan_in_the_second_file(
 def test_unreadable_files(molecule: AtomisticSystem, tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=name.replace(".", r"\.")):
-        import_trajectory(
-            molecule, [tmp_path / name], tmp_path / "f.zarr", interval_ps=1.0, temperature_K=300.0
-        )
+        import_trajectory(molecule, [tmp_path / name], tmp_path / "f.zarr", interval_ps=1.0, temperature_K=300.0)
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
 def test_missing_files_and_different_intervals(molecule: AtomisticSystem, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such trajectory"):
-        import_trajectory(
-            molecule, [tmp_path / "t.xtc"], tmp_path / "f.zarr", interval_ps=None, temperature_K=300.0
-        )
+        import_trajectory(molecule, [tmp_path / "t.xtc"], tmp_path / "f.zarr", interval_ps=None, temperature_K=300.0)
     files = [
-        write(tmp_path / f"{i}.xtc", molecule.topology, shake(molecule, 5, i), interval_ps=1.0 + i)
-        for i in range(2)
+        write(tmp_path / f"{i}.xtc", molecule.topology, shake(molecule, 5, i), interval_ps=1.0 + i) for i in range(2)
     ]
     with pytest.raises(InputError, match="different intervals"):
         import_trajectory(molecule, files, tmp_path / "f.zarr", interval_ps=None, temperature_K=300.0)
 
 
-def test_uneven_times_are_told(
-    molecule: AtomisticSystem, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_uneven_times_are_told(molecule: AtomisticSystem, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trajectory = md.Trajectory(shake(molecule, 4, 0), molecule.topology, time=[0, 2, 4, 9])
     trajectory.save(str(tmp_path / "t.xtc"))
     with caplog.at_level(logging.WARNING):
-        import_trajectory(
-            molecule, [tmp_path / "t.xtc"], tmp_path / "f.zarr", interval_ps=None, temperature_K=300.0
-        )
+        import_trajectory(molecule, [tmp_path / "t.xtc"], tmp_path / "f.zarr", interval_ps=None, temperature_K=300.0)
     assert "not evenly spaced, first after frame 2" in caplog.text

@@ -176,6 +176,10 @@ def test_truncated_dataset_and_other_mapping_are_refused(alanine, dataset, tmp_p
     shutil.rmtree(tmp_path / "x.zarr" / "hvps" / "c" / "1")
     with pytest.raises(DataError, match=f"hvps hold NaN or infinity, first in frame {CHUNK_FRAMES}"):
         load_dataset(tmp_path / "x.zarr")
+    shutil.copytree(dataset[0], tmp_path / "y.zarr")
+    shutil.rmtree(tmp_path / "y.zarr" / "walker" / "c")
+    with pytest.raises(DataError, match="'walker' is damaged"):
+        load_dataset(tmp_path / "y.zarr")
     shutil.rmtree(tmp_path / "x.zarr" / "forces")
     with pytest.raises(DataError, match="'forces' is missing"):
         load_dataset(tmp_path / "x.zarr")

@@ -87,9 +87,7 @@ def test_each_flaw_is_named(flaw: int, word: str) -> None:
 def test_spec_with_other_priors_than_the_script_is_found() -> None:
     eager, _ = build_eager(build_molecule(BRANCHED, BONDS), build_priors())
     _, other = build_eager(build_molecule(BRANCHED, BONDS), build_priors(bond_k=1600.0))
-    check = check_potential(
-        CGPotential(script_potential(eager), other), build_frames(3), backend="pythonforce"
-    )
+    check = check_potential(CGPotential(script_potential(eager), other), build_frames(3), backend="pythonforce")
     with pytest.raises(PotentialError, match="native against torch priors"):
         check.raise_if_failed()
 

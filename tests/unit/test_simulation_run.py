@@ -60,9 +60,7 @@ def test_harmonic_dimer_against_theory(tmp_path: Path) -> None:
     lengths = np.array(
         [
             np.linalg.norm(
-                np.diff(
-                    md.load(str(tmp_path / "dimer" / name), top=tmp_path / "dimer/topology.pdb").xyz, axis=1
-                ),
+                np.diff(md.load(str(tmp_path / "dimer" / name), top=tmp_path / "dimer/topology.pdb").xyz, axis=1),
                 axis=-1,
             )[:, 0]
             for name in result.trajectories
@@ -119,9 +117,7 @@ def test_topology_shows_the_bonds(tmp_path: Path) -> None:
     """Residues have standard names here: writers of PDB leave their bonds out unless made to."""
     simulate(build_potential(), build_frames(1), build_settings(n_steps=10), tmp_path, progress=False)
     text = (tmp_path / "topology.pdb").read_text()
-    found = sorted(
-        [int(line[6:11]) - 1, int(line[11:16]) - 1] for line in text.splitlines() if "CONECT" in line
-    )
+    found = sorted([int(line[6:11]) - 1, int(line[11:16]) - 1] for line in text.splitlines() if "CONECT" in line)
     assert found == sorted(BONDS)
     loaded = md.load_topology(tmp_path / "topology.pdb")
     assert sorted(sorted((a.index, b.index)) for a, b in loaded.bonds) == sorted(BONDS)
@@ -129,9 +125,7 @@ def test_topology_shows_the_bonds(tmp_path: Path) -> None:
 
 def test_same_seed_same_run_other_seed_other_run(tmp_path: Path) -> None:
     def run(name: str, seed: int) -> np.ndarray:
-        simulate(
-            build_potential(), build_frames(4), build_settings(seed=seed), tmp_path / name, progress=False
-        )
+        simulate(build_potential(), build_frames(4), build_settings(seed=seed), tmp_path / name, progress=False)
         return load_log(tmp_path / name)["potential_energy_kJ_per_mol"]
 
     first, again, other = run("a", 0), run("b", 0), run("c", 1)
@@ -197,9 +191,7 @@ def test_finished_run_is_returned_and_other_settings_are_refused(tmp_path: Path)
     stamp = (tmp_path / "result.json").stat().st_mtime_ns
     assert simulate(potential, frames, settings, tmp_path, progress=False) == first
     assert (tmp_path / "result.json").stat().st_mtime_ns == stamp
-    with pytest.raises(
-        StudyError, match=r"another friction_per_ps, seed: expected friction_per_ps 1\.0, seed 4"
-    ):
+    with pytest.raises(StudyError, match=r"another friction_per_ps, seed: expected friction_per_ps 1\.0, seed 4"):
         simulate(potential, frames, build_settings(seed=5, friction_per_ps=2), tmp_path, progress=False)
     with pytest.raises(StudyError, match="another potential"):
         simulate(build_potential(priors=build_priors(1600.0)), frames, settings, tmp_path, progress=False)
@@ -236,9 +228,7 @@ def test_damaged_checkpoint_is_an_error(tmp_path: Path, damage: str) -> None:
     save_checkpoint(tmp_path, Checkpoint(b"abc", 10, 1, sizes, 1.0))
     if damage == "checkpoint":
         (tmp_path / "checkpoint.npz").write_bytes(b"PK not really")
-    with pytest.raises(
-        StudyError, match="damaged" if damage == "checkpoint" else "shorter than the checkpoint"
-    ):
+    with pytest.raises(StudyError, match="damaged" if damage == "checkpoint" else "shorter than the checkpoint"):
         simulate(potential, frames, settings, tmp_path, progress=False)
 
 
@@ -249,9 +239,7 @@ def test_blow_up_names_step_and_replica_and_keeps_good_frames(tmp_path: Path) ->
     settings = build_settings(n_steps=400, save_every=1, timestep_fs=6.0)  # omega dt = 1.5 for 12 and 40 amu
     soft = simulate(build_dimer(2000.0, r0), starts, settings, tmp_path / "soft", progress=False)
     assert soft.stable
-    with pytest.raises(
-        UnstableSimulationError, match=r"replica 1 blew up by step \d+: .*Frames up to step"
-    ) as caught:
+    with pytest.raises(UnstableSimulationError, match=r"replica 1 blew up by step \d+: .*Frames up to step") as caught:
         simulate(build_dimer(k, r0), starts, settings, tmp_path / "stiff", progress=False)
     result = load_result(tmp_path / "stiff")
     assert not result.stable
@@ -288,9 +276,7 @@ def test_limits_leave_room_for_few_beads() -> None:
         assert limits.bond_nm is None
 
 
-def test_temperature_differing_from_training_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_temperature_differing_from_training_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     simulate(
         build_potential(),
         build_frames(1),
@@ -324,9 +310,7 @@ def test_refused_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="NaN"):
         simulate(potential, np.full((2, 6, 3), np.nan), settings, tmp_path / "a", progress=False)
     with pytest.raises(BackendError, match="expected one of Reference"):
-        simulate(
-            potential, build_frames(2), build_settings(platform="Quantum"), tmp_path / "a", progress=False
-        )
+        simulate(potential, build_frames(2), build_settings(platform="Quantum"), tmp_path / "a", progress=False)
     with pytest.raises(StudyError, match="no finished simulation"):
         load_result(tmp_path / "a")
 

@@ -21,9 +21,9 @@ from simulation_cases import (
     save_example,
 )
 
+from openmm_hvpcg.cores import choose_torch_threads, count_cores
 from openmm_hvpcg.errors import BackendError, InputError, PotentialError
 from openmm_hvpcg.prior_terms import PriorParameters
-from openmm_hvpcg.cores import choose_torch_threads, count_cores
 from openmm_hvpcg.simulation.backends import evaluate_script
 from openmm_hvpcg.simulation.check import evaluate_system
 from openmm_hvpcg.simulation.native_priors import PRIOR_GROUPS
@@ -59,9 +59,7 @@ def test_every_backend_equals_the_script(backend: str, priors: str) -> None:
 @pytest.mark.parametrize("term", ["bonds", "angles", "dihedrals", "impropers", "repulsion"])
 def test_each_native_prior_equals_its_torch_form(term: str) -> None:
     everything = build_priors()
-    only = PriorParameters(
-        **{term: getattr(everything, term)}, repulsion_epsilon=everything.repulsion_epsilon
-    )
+    only = PriorParameters(**{term: getattr(everything, term)}, repulsion_epsilon=everything.repulsion_epsilon)
     potential = build_potential(priors=only, energy_scale=0.0)
     frames = build_frames(6)
     frames[:, 5] = 0.5 * (frames[:, 0] + frames[:, 5])  # brings pairs within sigma
@@ -96,9 +94,7 @@ def test_replicas_equal_single_runs(backend: str) -> None:
     system = potential.createSystem(replicas=5, backend=backend)
     energies, forces = evaluate_system(system, frames.reshape(1, -1, 3))
     assert energies[0] == pytest.approx(single_energies.sum(), rel=FLOAT32)
-    np.testing.assert_allclose(
-        forces.reshape(single_forces.shape), single_forces, atol=FLOAT32 * rms(single_forces)
-    )
+    np.testing.assert_allclose(forces.reshape(single_forces.shape), single_forces, atol=FLOAT32 * rms(single_forces))
 
 
 def test_system_has_masses_groups_and_nothing_else() -> None:
@@ -237,9 +233,7 @@ def test_loads_from_a_file(tmp_path: Path) -> None:
     assert potential.hash == CGPotential.load(path).hash
 
 
-@pytest.mark.parametrize(
-    "options", [{"replicas": 0}, {"replicas": 1.5}, {"priors": "none"}, {"topology": "a.pdb"}]
-)
+@pytest.mark.parametrize("options", [{"replicas": 0}, {"replicas": 1.5}, {"priors": "none"}, {"topology": "a.pdb"}])
 def test_refused_arguments(options: dict) -> None:
     with pytest.raises(InputError):
         build_potential().createSystem(**options)
@@ -250,9 +244,7 @@ def test_unknown_backend() -> None:
         build_potential().createSystem(backend="jax")
 
 
-def test_openmmtorch_that_cannot_load(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_openmmtorch_that_cannot_load(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     genuine = builtins.__import__
 
     def refuse(name: str, *args: object, **options: object) -> object:

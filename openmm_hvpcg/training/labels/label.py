@@ -180,19 +180,20 @@ def _create(
         "system": system.provenance,
         "frames": frames.provenance,
     }
-    group = create_store(path, KIND, FORMAT_VERSION, attributes)
     vector, matrix = (n_frames, n_beads, 3), (n_frames, n_probes, n_beads, 3)
-    with explain_disk_errors(path):
+
+    def add_arrays(group: Any) -> None:
+        # Fill values no finished file holds: what a lost chunk reads as is noticed.
         for name, shape in (("positions", vector), ("forces", vector), ("probes", matrix), ("hvps", matrix)):
             group.create_array(
                 name, shape=shape, dtype="float32", chunks=(CHUNK_FRAMES, *shape[1:]), fill_value=float("nan")
             )
-        group.create_array("force_map", data=force_map.weights)
-        group.create_array("frame", data=chosen)
-        group.create_array("walker", data=frames.walker[chosen])
-        # Last: a store that has it is complete in layout.
+        group.create_array("force_map", data=force_map.weights, fill_value=float("nan"))
+        group.create_array("frame", data=chosen, fill_value=-1)
+        group.create_array("walker", data=frames.walker[chosen], fill_value=-1)
         group.create_array("done", shape=(n_frames,), dtype="uint8", chunks=(CHUNK_FRAMES,), fill_value=0)
-    return group
+
+    return create_store(path, KIND, FORMAT_VERSION, attributes, add_arrays)
 
 
 def _build_force_map(
