@@ -37,7 +37,7 @@ class _RateColumn(ProgressColumn):
 
 @contextmanager
 def track(
-    what: str, total: int, unit: str, *, show: bool = True, ns_per_item: float | None = None
+    what: str, total: int, unit: str, *, done: int = 0, show: bool = True, ns_per_item: float | None = None
 ) -> Iterator[Callable[[int], None]]:
     """Show a progress bar; yields a function to call with the number of items just finished (thread-safe).
 
@@ -46,6 +46,7 @@ def track(
     what : the description
     total : number of items
     unit : what an item is, plural
+    done : items finished before, by a run that was stopped
     show : False shows nothing
     ns_per_item : simulated time of an item in ns; the speed is then shown in ns/day
     """
@@ -60,5 +61,5 @@ def track(
         disable=not show,
     )
     with progress:
-        task = progress.add_task(what, total=total, unit=unit, ns_per_item=ns_per_item)
+        task = progress.add_task(what, total=total, completed=done, unit=unit, ns_per_item=ns_per_item)
         yield lambda n: progress.advance(task, n)

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openmm_hvpcg.atomistic.checkpoints import read_checkpoint
@@ -19,6 +18,7 @@ from openmm_hvpcg.config import SamplingSettings
 from openmm_hvpcg.cores import count_cores
 from openmm_hvpcg.errors import BackendError, StudyError
 from openmm_hvpcg.frames import FramesStore, topology_to_json
+from openmm_hvpcg.progress import console
 from openmm_hvpcg.storage import PathLike
 from openmm_hvpcg.units import PS_PER_FS
 
@@ -165,7 +165,7 @@ def _show_progress(
         TextColumn("steps {task.fields[speed]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with Progress(*columns, console=console, disable=not progress) as bar:
         finished = sum(
             settings.equilibration_steps + n * settings.stride
             for w, n in enumerate(store.counts)

@@ -12,13 +12,13 @@ import numpy as np
 import openmm
 from numpy.typing import NDArray
 from openmm import app, unit
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from openmm_hvpcg.config import SimulationSettings
 from openmm_hvpcg.cores import choose_torch_threads, use_torch_threads
 from openmm_hvpcg.errors import BackendError, InputError, StudyError, UnstableSimulationError
 from openmm_hvpcg.frames import check_finite
 from openmm_hvpcg.mapping import BeadMap
+from openmm_hvpcg.progress import track
 from openmm_hvpcg.simulation.backends import (
     choose_platform,
     create_context,
@@ -251,25 +251,18 @@ class _Run:
 
     def run(self, progress: bool) -> SimulationResult:
         settings = self.settings
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-        )
         self.started = last_checkpoint = time.perf_counter()
-        first = self.step
-        with Progress(*columns, disable=not progress) as bar:
-            task = bar.add_task(f"simulate {self.folder.name}", total=settings.n_steps, completed=first, speed="")
+        what = f"simulate {self.folder.parent.name}/{self.folder.name}"
+        ns_per_step = self._simulated_ns(1)
+        with track(what, settings.n_steps, "steps", done=self.step, show=progress, ns_per_item=ns_per_step) as advance:
             while self.step < settings.n_steps:
+                before = self.step
                 self._advance()
+                advance(self.step - before)
                 now = time.perf_counter()
                 if now - last_checkpoint >= self.checkpoint_interval_s and self.step < settings.n_steps:
                     self._checkpoint()
                     last_checkpoint = now
-                speed = self._simulated_ns(self.step - first) / (now - self.started) * SECONDS_PER_DAY
-                bar.update(task, completed=self.step, speed=f"{speed:.3g} ns/day")
         return self._finish(True, "finished")
 
     def _advance(self) -> None:

@@ -29,7 +29,6 @@ PDB = {"pdb": "dialanine.pdb"}
 def assert_refused(result: Result, *words: str) -> None:
     assert result.status == 2, (result.status, result.err)
     lines = result.err.strip().splitlines()
-    print("SEE", result.err.strip())
     assert len(lines) == 1, result.err
     assert lines[0].startswith("error: ")
     for word in words:
@@ -88,9 +87,7 @@ INPUTS = {
     "unknown residue": Case(
         PDB, ("dialanine.pdb", "XYZ"), lambda f: edit(f / "dialanine.pdb", lambda t: t.replace("ALA", "XYZ"))
     ),
-    "missing hydrogens": Case(
-        PDB, ("dialanine.pdb", "ydrogen"), lambda f: edit(f / "dialanine.pdb", strip_hydrogens)
-    ),
+    "missing hydrogens": Case(PDB, ("dialanine.pdb", "ydrogen"), lambda f: edit(f / "dialanine.pdb", strip_hydrogens)),
     "NaN in a structure": Case(
         PDB,
         ("dialanine.pdb", "NaN"),
@@ -101,20 +98,14 @@ INPUTS = {
     "no such force field": Case({**PDB, "force_field": ["none.xml"]}, ("none.xml",)),
     "unknown amino acid": Case({"sequence": "AXA"}, ("X",)),
     "prmtop and coordinates differ": Case(write_small_rst7, ("32", "2", "different sizes")),
-    "not a prmtop": Case(
-        {"prmtop": "dialanine.pdb", "coordinates": "dialanine.rst7"}, ("dialanine.pdb", "prmtop")
-    ),
-    "not a System": Case(
-        {"system_xml": "dialanine.pdb", "pdb": "dialanine.pdb"}, ("dialanine.pdb", "openmm.System")
-    ),
+    "not a prmtop": Case({"prmtop": "dialanine.pdb", "coordinates": "dialanine.rst7"}, ("dialanine.pdb", "prmtop")),
+    "not a System": Case({"system_xml": "dialanine.pdb", "pdb": "dialanine.pdb"}, ("dialanine.pdb", "openmm.System")),
     "System and PDB differ": Case(
         {"system_xml": "dialanine.xml", **PDB},
         ("32",),
         lambda f: edit(f / "dialanine.pdb", strip_hydrogens),
     ),
-    "trajectory and topology differ": Case(
-        lambda f: write_trajectory(f, 20), ("t.dcd", "expected 32 atoms", "got 20")
-    ),
+    "trajectory and topology differ": Case(lambda f: write_trajectory(f, 20), ("t.dcd", "expected 32 atoms", "got 20")),
     "NaN in a trajectory": Case(lambda f: write_trajectory(f, 32, spoil=True), ("t.dcd", "NaN", "frame 3")),
     "no such trajectory": Case({**PDB, "trajectory": "none.dcd"}, ("none.dcd",)),
 }
@@ -192,7 +183,10 @@ YAMLS = {
         "molecules: [{name: a, input: {sequence: A}}]\nsampling: {n_frame: 3}\n",
         ("sampling.n_frame", "did you mean 'n_frames'"),
     ),
-    "wrong type": ("molecules: [{name: a, input: {sequence: A}}]\nsampling: {n_frames: many}\n", ("n_frames", "'many'")),
+    "wrong type": (
+        "molecules: [{name: a, input: {sequence: A}}]\nsampling: {n_frames: many}\n",
+        ("n_frames", "'many'"),
+    ),
     "out of range": ("molecules: [{name: a, input: {sequence: A}}]\ntemperature_K: -1\n", ("temperature_K", "-1")),
     "two sources": ("molecules: [{name: a, input: {sequence: A, pdb: a.pdb}}]\n", ("exactly one", "sequence, pdb")),
     "a name that is a path": ("molecules: [{name: ../a, input: {sequence: A}}]\n", ("name", "../a")),

@@ -160,7 +160,9 @@ def test_stage_before_its_inputs(study: Path, stage: str, missing: str) -> None:
         shutil.rmtree(study / needed[done], ignore_errors=True)
     result = call_cli(stage, DEMO, "--out", study, *set_options())
     assert result.status == 2
-    assert re.search(rf"error: .*the {missing} stage of \S+ has not been run\. Run {missing} first$", result.err.strip())
+    assert re.search(
+        rf"error: .*the {missing} stage of \S+ has not been run\. Run {missing} first$", result.err.strip()
+    )
     assert "Traceback" not in result.err
 
 
@@ -233,7 +235,10 @@ def test_two_runs_at_once(study: Path, tmp_path: Path) -> None:
 
 def test_check_potential(study: Path) -> None:
     result = call_cli(
-        "check-potential", study / "models/fm/potential.pt", study / "cg/fm/ala/topology.pdb", options=Options(columns=120)
+        "check-potential",
+        study / "models/fm/potential.pt",
+        study / "cg/fm/ala/topology.pdb",
+        options=Options(columns=120),
     )
     assert result.status == 0, result.err
     assert "FAILED" not in result.out

@@ -263,9 +263,7 @@ def _fill(
     if done.any() and starts:
         logger.info("%s: %d of %d frames are labelled already", path, int(done.sum()), len(done))
     began, calls = time.perf_counter(), 0
-    n_left = int((~done).sum())
-    with track(f"label {Path(path).stem}", len(chosen), "frames", show=progress) as advance:
-        advance(len(chosen) - n_left)
+    with track(f"label {Path(path).stem}", len(chosen), "frames", done=int(done.sum()), show=progress) as advance:
         for start in starts:
             rows = slice(start, min(start + CHUNK_FRAMES, len(chosen)))
             index = chosen[rows]
