@@ -36,9 +36,7 @@ def write_amber(topology: app.Topology, positions: unit.Quantity) -> None:
     structure = parmed.openmm.load_topology(topology, system, xyz=positions)
     amber = parmed.amber.AmberParm.from_structure(structure)
     amber.parm_data["RADIUS_SET"] = ["H(N)-modified Bondi radii (mbondi2)"]
-    for atom, (radius_nm, scale) in zip(
-        amber.atoms, GBSAOBC2Force.getStandardParameters(topology), strict=True
-    ):
+    for atom, (radius_nm, scale) in zip(amber.atoms, GBSAOBC2Force.getStandardParameters(topology), strict=True):
         atom.solvent_radius, atom.screen = 10.0 * radius_nm, scale
     amber.remake_parm()
     amber.write_parm(str(HERE / "dialanine.prmtop"))

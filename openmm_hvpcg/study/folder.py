@@ -129,9 +129,9 @@ class Study:
         """Hashes of the files a molecule is built from."""
         source = molecule.input
         own = [source.force_field] if isinstance(source.force_field, str) else source.force_field
-        names = [source.pdb, source.prmtop, source.coordinates, source.system_xml, *own, *(source.trajectory or [])]
-        files = {n: self.base / n for n in names if n is not None and (self.base / n).is_file()}
-        return {f"{FILE}{name}": _hash(path) for name, path in files.items()}
+        names = [source.pdb, source.prmtop, source.coordinates, source.system_xml, *(source.trajectory or [])]
+        names += [name for name in own if name.endswith(".xml")]
+        return {f"{FILE}{name}": _hash(self.base / name) for name in names if name is not None}
 
     def find_output(self, stage: str, unit: str, *, begun: bool = False) -> Path:
         """The file or folder that is there once a unit is finished, or as soon as it has ``begun``."""
@@ -172,7 +172,8 @@ class Study:
         if found is None or not self.find_output(stage, unit, begun=True).exists():
             return []
         old, new = read_record(found), self.describe_unit(stage, unit)
-        return [_explain_change(k, value, new.get(k)) for k, value in old.items() if value != new.get(k)]
+        # A key of one side only is a molecule that left or came (their list tells), or another version of ours.
+        return [_explain_change(k, old[k], new[k]) for k in old if k in new and old[k] != new[k]]
 
     def _record_path(self, stage: str, unit: str) -> Path:
         # No name holds a plus sign, so no two units share a record.

@@ -162,6 +162,7 @@ class MatchingModule(lightning.LightningModule):
         self.settings = settings
         self.scales = scales
         self.beta = beta
+        self._schedule_state: dict[str, Any] | None = None
 
     def compute_losses(self, batch: Batch, with_hvps: bool, create_graph: bool) -> tuple[Tensor, Tensor | None]:
         """Normalised force and HVP terms (see :mod:`openmm_hvpcg.training.losses`)."""
@@ -194,14 +195,26 @@ class MatchingModule(lightning.LightningModule):
         self.log("val_hvp", hvp, batch_size=n)  # type: ignore[arg-type]
         self.log("val_loss", self.combine(force, hvp), batch_size=n)
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
         )
-        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=0.5, patience=max(1, self.settings.patience // 4)
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val_loss"}}
+        if self._schedule_state is not None:
+            self.schedule.load_state_dict(self._schedule_state)
+        return optimizer
+
+    # Lightning would step the schedule after the epoch's checkpoint, and a resumed run would miss that step.
+    def on_train_epoch_end(self) -> None:
+        self.schedule.step(float(self.trainer.callback_metrics["val_loss"]))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["schedule"] = self.schedule.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._schedule_state = checkpoint["schedule"]
 
 
 class _Recorder(Callback):

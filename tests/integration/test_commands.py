@@ -32,7 +32,7 @@ def test_config() -> None:
     assert yaml.safe_load(resolved.out)["labels"]["seed"] == 77
     empty = call_cli("config")
     assert empty.status == 2
-    assert "give --defaults" in empty.err
+    assert "Give --defaults" in empty.err
 
 
 def test_python_dash_m(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from openmm_hvpcg.training.export import export_potential
 from openmm_hvpcg.training.fit import fit_potential, load_fit
 
 MODEL = ModelSettings(features=16, interactions=1, radial=12, cutoff_nm=0.8)
-SETTINGS = TrainingSettings(hvp_weight=1.0, max_epochs=6, batch_size=32, learning_rate=5e-3, seed=5, accelerator="cpu")
+SETTINGS = TrainingSettings(
+    hvp_weight=1.0, max_epochs=6, batch_size=32, learning_rate=5e-3, seed=5, accelerator="cpu", patience=4
+)
 
 
 def train(folder: Path, settings: TrainingSettings = SETTINGS, **labels):
