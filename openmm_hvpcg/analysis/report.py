@@ -105,13 +105,13 @@ def write_report(
     }
     colours = plots.choose_colours(list(dict.fromkeys([*training, *(arm for m in molecules for arm in status[m])])))
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{_describe_study(molecules, colours)}</p>']
-    parts += ["<h2>What this was made from</h2>", _build_provenance(provenance)]
     parts.append("<h2>Key figures</h2>")
     parts.append(_build_key_table(shown, training, simulation, status))
     parts.append(_embed(plots.plot_divergences(shown, colours), "divergences"))
     for molecule in molecules:
         parts.append(_build_molecule(molecule, shown.get(molecule), status[molecule], colours))
     parts.append(_build_training(training, colours))
+    parts += ["<h2>What this was made from</h2>", _build_provenance(provenance)]
     path = Path(folder) / "report.html"
     write_text(path, _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(p for p in parts if p)))
     logger.info("report written to %s", path)

@@ -141,6 +141,8 @@ class _Walker:
             openmm.LocalEnergyMinimizer.minimize(self._context, MINIMIZE_TOLERANCE, MINIMIZE_ITERATIONS)
         self._context.applyConstraints(1e-6)
         self._context.setVelocitiesToTemperature(self._job.temperature_K, self._job.velocity_seed)
+        # A kill between the first frames and their checkpoint must find one to go on from.
+        self.flush(with_checkpoint=True)
 
     def run(self) -> None:
         """Equilibrate, then make the frames that are missing."""
