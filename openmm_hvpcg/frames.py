@@ -160,14 +160,18 @@ class Frames:
 
 def check_finite(values: NDArray[Any], what: str, where: object = None) -> None:
     """Raise :class:`InputError` naming the first frame of ``values`` (T, ...) that has a NaN or infinity."""
+    bad = find_not_finite(values)
+    if bad is not None:
+        raise InputError(
+            f"{what} hold NaN or infinity, first in frame {bad}", where=where, hint="remove or repair that frame"
+        )
+
+
+def find_not_finite(values: NDArray[Any]) -> int | None:
+    """Index of the first entry of ``values`` (T, ...) that holds a NaN or infinity; None if there is none."""
     if np.isfinite(values).all():
-        return
-    finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
-    raise InputError(
-        f"{what} hold NaN or infinity, first in frame {int(np.argmin(finite))}",
-        where=where,
-        hint="remove or repair that frame",
-    )
+        return None
+    return int(np.argmin(np.isfinite(values.reshape(len(values), -1)).all(axis=1)))
 
 
 class FramesStore:

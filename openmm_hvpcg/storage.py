@@ -82,6 +82,13 @@ def explain_disk_errors(where: object) -> Iterator[None]:
         raise
 
 
+def describe_changes(section: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Keys of a section of settings that differ, each as ``section.key (old -> new)``."""
+    return [
+        f"{section}.{key} ({old.get(key)} -> {new.get(key)})" for key in {**old, **new} if old.get(key) != new.get(key)
+    ]
+
+
 def check_free_space(path: PathLike, n_bytes: int) -> None:
     """Raise :class:`StorageError` unless the disk that will hold ``path`` has ``n_bytes`` free."""
     folder = Path(path).absolute()

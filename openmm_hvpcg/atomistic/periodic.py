@@ -19,7 +19,7 @@ def recentre(positions: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def label_molecules(n_atoms: int, bonds: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-    """Number the molecules: (A,) labels 0, 1, ... in the order of their first atoms."""
+    """Number the groups of joined atoms, (A,): 0, 1, ... in the order of their first atoms."""
     parent = np.arange(n_atoms)
 
     def find(atom: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shutil
 from collections.abc import Iterator
@@ -127,30 +128,23 @@ def _choose_platform(
     system: AtomisticSystem, settings: SamplingSettings, checkpoints: Path, threads: int
 ) -> PlatformChoice:
     """The platform the checkpoints were made on where the user left it open, else the fastest."""
-    name = settings.platform
-    if name == "auto":
-        made_on = {c.platform for c in map(read_checkpoint, sorted(checkpoints.glob("walker_*.chk"))) if c}
-        if len(made_on) == 1:
-            with contextlib.suppress(BackendError):
-                choice = choose_platform(
-                    system.system,
-                    system.positions,
-                    platform=made_on.pop(),
-                    precision=settings.precision,
-                    purpose="dynamics",
-                    threads=threads,
-                )
-                logger.info("platform %s, on which the run began", choice.name)
-                return choice
-    return choose_platform(
+    choose = functools.partial(
+        choose_platform,
         system.system,
         system.positions,
-        platform=name,
         precision=settings.precision,
         purpose="dynamics",
         box=system.box,
         threads=threads,
     )
+    if settings.platform == "auto":
+        made_on = {c.platform for c in map(read_checkpoint, sorted(checkpoints.glob("walker_*.chk"))) if c}
+        if len(made_on) == 1:
+            with contextlib.suppress(BackendError):
+                choice = choose(platform=made_on.pop())
+                logger.info("platform %s, on which the run began", choice.name)
+                return choice
+    return choose(platform=settings.platform)
 
 
 @contextlib.contextmanager

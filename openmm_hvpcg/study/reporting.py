@@ -164,7 +164,3 @@ def _describe_study(study: Study) -> dict[str, Any]:
 
 def _given(settings: Any) -> dict[str, Any]:
     return {k: v for k, v in settings.model_dump(mode="json").items() if v is not None}
-
-
-def _title(study: Study) -> str:
-    return f"{', '.join(m.name for m in study.judged)}: coarse-grained potentials against the all-atom reference"

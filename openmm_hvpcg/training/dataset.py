@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openmm_hvpcg.errors import DataError, MappingError
+from openmm_hvpcg.frames import find_not_finite
 from openmm_hvpcg.mapping import BeadMap
 from openmm_hvpcg.storage import PathLike, compute_hash, open_store, read_array
 
@@ -57,11 +58,10 @@ class LabelledFrames:
         for name in ("probes", "hvps"):
             _check_shape(name, getattr(self, name), (n_frames, n_probes, n_beads, 3), self.name)
         for name in ("positions", "forces", "probes", "hvps"):
-            values = getattr(self, name)
-            finite = np.isfinite(values).reshape(n_frames, -1).all(axis=1)
-            if not finite.all():
+            bad = find_not_finite(getattr(self, name))
+            if bad is not None:
                 raise DataError(
-                    f"{name} hold NaN or infinity, first in frame {int(np.argmin(finite))}",
+                    f"{name} hold NaN or infinity, first in frame {bad}",
                     where=self.name,
                     hint="the file is truncated or damaged; make it again",
                 )

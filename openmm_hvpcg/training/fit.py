@@ -26,7 +26,7 @@ from openmm_hvpcg.cores import choose_torch_threads, use_torch_threads
 from openmm_hvpcg.errors import BackendError, DataError, PotentialError, StudyError
 from openmm_hvpcg.potential import PotentialSpec
 from openmm_hvpcg.progress import track
-from openmm_hvpcg.storage import explain_disk_errors, write_json
+from openmm_hvpcg.storage import describe_changes, explain_disk_errors, write_json
 from openmm_hvpcg.training.batches import Batch, BatchSampler, FrameBatches
 from openmm_hvpcg.training.dataset import LabelledFrames
 from openmm_hvpcg.training.derivatives import compute_forces, compute_forces_and_hvps
@@ -97,10 +97,10 @@ def fit_potential(
         "datasets": {d.name: d.hash for d in datasets},
     }
     _check_folder(folder, made_from)
-    prepared = prepare(datasets, training, model, priors, made_from)
     if (folder / RESULT_NAME).exists():
         logger.info("%s: training is finished already", folder)
         return load_fit(folder)
+    prepared = prepare(datasets, training, model, priors, made_from)
     with explain_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "made_from.json", made_from)
@@ -120,9 +120,8 @@ def fit_potential(
         "force_weight": training.force_weight,
         "hvp_weight": training.hvp_weight,
     }
-    if recorder.curves and recorder.curves[0]["val_loss"] < min(
-        c["val_loss"] for c in recorder.curves[1:] or recorder.curves
-    ):
+    priors_alone, *epochs = (row["val_loss"] for row in recorder.curves)
+    if priors_alone < min(epochs):
         logger.warning("%s: no epoch was better than the priors alone; more frames or a smaller network may help", arm)
     spec = replace(prepared.spec, metrics=metrics)
     content = {"spec": json.loads(spec.to_json()), "best": best.name, "curves": recorder.curves, "metrics": metrics}
@@ -240,7 +239,6 @@ class _Recorder(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, _: lightning.LightningModule) -> None:
         self._began = time.perf_counter()
-        self.advance(trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, _: lightning.LightningModule) -> None:
         metric = {k: float(v) for k, v in trainer.callback_metrics.items()}
@@ -270,12 +268,7 @@ def _check_folder(folder: Path, made_from: dict[str, Any]) -> None:
     changed = []
     for section, new in made_from.items():
         if isinstance(new, dict):
-            before = old.get(section, {})
-            changed += [
-                f"{section}.{k} ({before.get(k)} -> {new.get(k)})"
-                for k in {**before, **new}
-                if before.get(k) != new.get(k)
-            ]
+            changed += describe_changes(section, old.get(section, {}), new)
         elif old.get(section) != new:
             changed.append(f"{section} ({old.get(section)} -> {new})")
     if changed:
@@ -315,7 +308,14 @@ def _train(
     )
     recorder = _Recorder(prepared.scales, prepared.prior_validation, settings)
     last = checkpoints / "last.ckpt"
-    with _quiet_lightning(), track(f"train {folder.name}", settings.max_epochs, "epochs", show=progress) as advance:
+    resume, done = None, 0
+    if last.exists():
+        resume, done = str(last), int(torch.load(last, map_location="cpu", weights_only=True)["epoch"]) + 1
+        # Lightning sets the epoch of a sampler from the second epoch on only.
+        loaders[0].sampler.set_epoch(done)  # type: ignore[attr-defined]
+        logger.info("%s: training resumes after epoch %d", folder.name, done)
+    bar = track(f"train {folder.name}", settings.max_epochs, "epochs", done=done, show=progress)
+    with _quiet_lightning(), bar as advance:
         recorder.advance = advance
         trainer = lightning.Trainer(
             accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[settings.accelerator],
@@ -334,12 +334,6 @@ def _train(
             use_distributed_sampler=False,
             log_every_n_steps=1,
         )
-        resume = str(last) if last.exists() else None
-        if resume:
-            done = int(torch.load(last, map_location="cpu", weights_only=True)["epoch"]) + 1
-            # Lightning sets the epoch of a sampler from the second epoch on only.
-            loaders[0].sampler.set_epoch(done)  # type: ignore[attr-defined]
-            logger.info("%s: training resumes after epoch %d", folder.name, done)
         trainer.fit(module, loaders[0], loaders[1], ckpt_path=resume, weights_only=True)
     return recorder, checkpoint, trainer
 

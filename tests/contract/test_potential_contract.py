@@ -17,6 +17,7 @@ from openmm_hvpcg.prior_terms import PriorParameters
 from openmm_hvpcg.simulation.backends import evaluate_script
 from openmm_hvpcg.simulation.check import check_potential
 from openmm_hvpcg.simulation.system import CGPotential
+from openmm_hvpcg.training.export import script_potential
 from openmm_hvpcg.training.models.schnet import build_network
 from openmm_hvpcg.training.models.total import TotalEnergy
 
@@ -30,10 +31,6 @@ def build_molecule(species: str) -> BeadMap:
     names = tuple(f"X{b}" for b in range(n_beads))
     residues = tuple(("CG", b + 1, 0) for b in range(n_beads))
     return BeadMap(np.eye(n_beads), tuple(species), np.full(n_beads, 15.0), bonds, names, residues)
-
-
-def script_potential(module: TotalEnergy) -> torch.jit.ScriptModule:
-    return torch.jit.script(module.eval())
 
 
 def build_model(kind: str, species: str = "ABCBA") -> tuple[TotalEnergy, PotentialSpec]:

@@ -12,6 +12,7 @@ from openmm_hvpcg.mapping import BeadMap
 from openmm_hvpcg.potential import PotentialSpec, save_potential
 from openmm_hvpcg.prior_terms import PriorParameters
 from openmm_hvpcg.simulation.system import CGPotential
+from openmm_hvpcg.training.export import script_potential
 from openmm_hvpcg.training.models.schnet import build_network
 from openmm_hvpcg.training.models.total import TotalEnergy
 
@@ -44,10 +45,6 @@ def build_priors(bond_k: float = 1500.0) -> PriorParameters:
         {"*": (0.5,), "A|C": (0.62,)},
         2.5,
     )
-
-
-def script_potential(module: TotalEnergy) -> torch.jit.ScriptModule:
-    return torch.jit.script(module.eval())
 
 
 def build_eager(

@@ -25,6 +25,7 @@ from openmm_hvpcg.storage import (
     check_free_space,
     compute_hash,
     create_store,
+    describe_changes,
     explain_disk_errors,
     open_store,
     read_array,
@@ -131,8 +132,7 @@ def _open_unfinished(path: PathLike, made_from: dict[str, Any]) -> Any:
     group = open_store(path, KIND, FORMAT_VERSION, mode="r+")
     found = group.attrs.get("made_from", {})
     changed = [key for key in made_from if key != "settings" and found.get(key) != made_from[key]]
-    old, new = found.get("settings", {}), made_from["settings"]
-    changed += [f"labels.{k} ({old.get(k)} -> {new[k]})" for k in new if old.get(k) != new[k]]
+    changed += describe_changes("labels", found.get("settings", {}), made_from["settings"])
     if changed:
         raise StudyError(
             f"the dataset there was made from something else: {', '.join(changed)} differ",

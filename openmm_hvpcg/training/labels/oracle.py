@@ -9,10 +9,10 @@ import mdtraj as md
 import numpy as np
 import openmm
 from numpy.typing import NDArray
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
+from openmm_hvpcg.atomistic.periodic import label_molecules
 from openmm_hvpcg.errors import InputError
+from openmm_hvpcg.frames import find_not_finite
 
 
 class ForceOracle:
@@ -69,8 +69,8 @@ class ForceOracle:
                 job.result()
         if len(self._massless):
             forces[:, self._massless] = 0.0
-        if not np.isfinite(forces).all():
-            bad = int(np.argmin(np.isfinite(forces).reshape(len(forces), -1).all(axis=1)))
+        bad = find_not_finite(forces)
+        if bad is not None:
             raise InputError(f"forces of configuration {bad} are not finite", hint="check that frame for overlaps")
         return forces
 
@@ -108,7 +108,7 @@ def find_rigid_clusters(system: openmm.System) -> NDArray[np.int64]:
     """Cluster index (A,) of each atom: atoms joined by constraints, also through a chain, share one."""
     n_atoms = system.getNumParticles()
     pairs = [system.getConstraintParameters(k)[:2] for k in range(system.getNumConstraints())]
-    return _label_components(pairs, n_atoms)
+    return label_molecules(n_atoms, pairs)
 
 
 def find_active_atoms(
@@ -119,13 +119,7 @@ def find_active_atoms(
     Solvent and other molecules without beads stay out. Virtual sites too: they move with their parents.
     """
     n_atoms = system.getNumParticles()
-    molecules = _label_components([(a.index, b.index) for a, b in topology.bonds], n_atoms)
+    molecules = label_molecules(n_atoms, [(a.index, b.index) for a, b in topology.bonds])
     used = np.abs(site_weights).sum(axis=0) > 0
     massive = np.array([system.getParticleMass(i)._value > 0 for i in range(n_atoms)])
     return np.isin(molecules, molecules[used]) & massive
-
-
-def _label_components(pairs: list[Any], n: int) -> NDArray[np.int64]:
-    index = np.array(pairs, dtype=int).reshape(-1, 2)
-    graph = coo_matrix((np.ones(len(index)), (index[:, 0], index[:, 1])), shape=(n, n))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
