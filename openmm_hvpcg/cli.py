@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,6 +75,8 @@ def _run(protocol: Path, out: Path, overrides: list[str] | None, quiet: bool, st
     result = run_study(study) if stage is None else run_stage(study, stage)
     if stage in (None, "compare"):
         _show_figures(study, result)
+    if stage == "evaluate":
+        _show_evaluation(study, result)
     if stage is None:
         check_stable(study)
 
@@ -115,8 +118,36 @@ def _show_figures(study: Any, summary: dict[str, Any]) -> None:
             runs.add_row(name, arm, *errors, _number(f.get("simulated_ns")), _number(f.get("steps_per_second")))
     console = Console()
     console.print(distances, runs)
+    errors = _build_pmf_table({name: molecule["arms"] for name, molecule in summary["molecules"].items()})
+    if errors is not None:
+        console.print(errors)
     console.print(f"report:  {study.report_folder / 'report.html'}", soft_wrap=True)
     console.print(f"figures: {study.report_folder / 'summary.json'}", soft_wrap=True)
+
+
+def _show_evaluation(study: Any, evaluation: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    console.print(_build_pmf_table({name: molecule["arms"] for name, molecule in evaluation["molecules"].items()}))
+    console.print(f"figures: {study.evaluation_path}", soft_wrap=True)
+
+
+def _build_pmf_table(molecules: dict[str, dict[str, dict[str, Any]]]) -> Any:
+    """Errors against the PMF reference, each arm's beside its priors'; None where nothing was evaluated."""
+    table = _start_table("Error against the PMF reference ± standard error (kJ/mol, nm)", "mean forces", "HVPs")
+    for name, arms in molecules.items():
+        priors: list[tuple[str, str]] = []
+        for arm, f in arms.items():
+            alone = (_to_error(f, "pmf_force_rmse_priors"), _to_error(f, "pmf_hvp_rmse_priors"))
+            # Arms mostly share their priors.
+            if alone not in priors and f.get("pmf_force_rmse_priors") is not None:
+                table.add_row(name, f"priors of {arm}" if priors else "priors alone", *alone)
+                priors.append(alone)
+        for arm, f in arms.items():
+            if f.get("pmf_force_rmse") is not None:
+                table.add_row(name, arm, _to_error(f, "pmf_force_rmse"), _to_error(f, "pmf_hvp_rmse"))
+    return table if table.row_count else None
 
 
 def _start_table(title: str, *headings: str) -> Any:
@@ -135,6 +166,15 @@ def _start_table(title: str, *headings: str) -> Any:
 def _with_error(figures: dict[str, Any], key: str) -> str:
     value, error = figures.get(key), figures.get(f"{key}_error")
     return _number(value) if value is None or error is None else f"{value:.3f} ± {error:.3f}"
+
+
+def _to_error(figures: dict[str, Any], key: str) -> str:
+    """Value ± error in the value's unit, to the two digits that the error is known to."""
+    value, error = figures.get(key), figures.get(f"{key}_error")
+    if value is None or not error:
+        return _number(value)
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def _number(value: float | None) -> str:
@@ -158,8 +198,10 @@ def _add_stage(name: str, summary: str) -> None:
 for _name, _summary in {
     "sample": "All-atom molecular dynamics, or frames from trajectories.",
     "label": "Projected forces and Hessian-vector products of the frames.",
+    "reference": "True mean forces and CG Hessians, by sampling with the beads held still.",
     "train": "Fit priors and network, one model an arm.",
     "export": "Write and check each arm's potential file.",
+    "evaluate": "Errors of the priors and of every arm against the reference.",
     "simulate": "Coarse-grained molecular dynamics with each potential.",
     "compare": "Compare with the all-atom reference; write report.html and summary.json.",
 }.items():

@@ -106,6 +106,10 @@ class SamplingSettings(Settings):
     walkers: int = Field(2, ge=1, description="independent trajectories")
     equilibration_steps: int = Field(20000, ge=0, description="steps of each walker before its first frame")
     constraints: Literal["none", "hbonds", "allbonds"] = "hbonds"
+    flexible_beads: bool = Field(
+        False,
+        description="bonds of atoms that carry beads stay flexible: needed by reference and conditional averaging",
+    )
     platform: str = Field("auto", description="auto measures; or Reference, CPU, CUDA, OpenCL, HIP")
     precision: Precision = "auto"
     seed: int = Field(1, ge=0, le=2**31 - 1)
@@ -127,9 +131,15 @@ class MappingSettings(Settings):
 class LabelSettings(Settings):
     """Projected forces and Hessian-vector products."""
 
-    force_map: Literal["slice", "optimal"] = "optimal"
+    force_map: Literal["slice", "harmonic", "optimal", "optimal_cv"] = Field(
+        "optimal", description="harmonic: smooth along bonds; optimal: fitted; optimal_cv: fitted, kept near harmonic"
+    )
     probes_per_frame: int = Field(4, ge=1)
-    probe_law: Literal["rademacher", "normal"] = "rademacher"
+    probe_law: Literal["rademacher", "normal", "soft"] = Field(
+        "rademacher", description="soft: modes of an elastic network on the beads, the softer the larger"
+    )
+    probe_modes: int | None = Field(None, ge=1, description="soft: only so many softest modes")
+    probe_translations: Literal["keep", "remove"] = Field("keep", description="remove: probes of zero mean")
     step_nm: float | Literal["auto"] = Field("auto", description="largest atom displacement of a finite difference")
     max_frames: int | None = Field(None, ge=1, description="label at most this many frames, evenly spaced")
     platform: str = Field("auto", description="auto measures; or Reference, CPU, CUDA, OpenCL, HIP")
@@ -150,6 +160,41 @@ class LabelSettings(Settings):
         if not isinstance(value, str) and value < 1:
             raise ValueError("expected auto or at least 1")
         return value
+
+    @model_validator(mode="after")
+    def _modes_are_soft(self) -> LabelSettings:
+        if self.probe_modes is not None and self.probe_law != "soft":
+            raise ValueError("probe_modes goes with probe_law: soft")
+        return self
+
+
+class ReferenceSettings(Settings):
+    """PMF reference: mean forces and CG Hessians with the beads held; ``run`` makes one where the section is given."""
+
+    n_frames: int = Field(64, ge=1, description="configurations, evenly spaced over the frames")
+    n_samples: int = Field(1000, ge=20, description="samples of the hidden atoms at each")
+    stride: int = Field(5, ge=1, description="MD steps between samples")
+    hvp_every: int = Field(4, ge=1, description="HVPs at every so many samples")
+    probes: int | Literal["full"] = Field("full", description="full: the whole CG Hessian; or probes a configuration")
+    blocks: int = Field(10, ge=2, description="stretches of each chain, for standard errors")
+    timestep_fs: float = Field(2.0, gt=0, le=10)
+    friction_per_ps: float = Field(5.0, gt=0)
+    platform: str = Field("auto", description="auto measures; or Reference, CPU, CUDA, OpenCL, HIP")
+    workers: int | Literal["auto"] = Field("auto", description="processes at once")
+    seed: int = Field(5, ge=0, le=2**31 - 1)
+
+    @field_validator("probes", "workers")
+    @classmethod
+    def _at_least_one(cls, value: int | str, info: ValidationInfo) -> int | str:
+        if not isinstance(value, str) and value < 1:
+            raise ValueError(f"expected {'full' if info.field_name == 'probes' else 'auto'} or at least 1")
+        return value
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> ReferenceSettings:
+        if -(-self.n_samples // self.hvp_every) < self.blocks:
+            raise ValueError(f"fewer HVP samples ({-(-self.n_samples // self.hvp_every)}) than blocks ({self.blocks})")
+        return self
 
 
 class PriorSettings(Settings):
@@ -248,6 +293,7 @@ class Protocol(Settings):
     sampling: SamplingSettings = SamplingSettings()
     mapping: MappingSettings = MappingSettings()
     labels: LabelSettings = LabelSettings()
+    reference: ReferenceSettings | None = None
     priors: PriorSettings = PriorSettings()
     model: ModelSettings = ModelSettings()
     training: TrainingSettings = TrainingSettings()
@@ -349,10 +395,18 @@ def describe_defaults() -> str:
     for name, field in Protocol.model_fields.items():
         if name in ("temperature_K", "molecules"):
             continue
-        lines.append(f"{name}:")
-        section = field.annotation
-        lines += [f"  {key}: {_show(sub)}" for key, sub in section.model_fields.items()]  # type: ignore[union-attr]
+        # A section that is off unless it is given has None among its types, and is shown as a comment.
+        section = _find_section(field.annotation)
+        off = field.default is None
+        lines.append(f"{name}: null   # off; on with any of these keys, or {{}}" if off else f"{name}:")
+        lines += [f"{'#' if off else ' '} {key}: {_show(sub)}" for key, sub in section.model_fields.items()]
     return "\n".join(lines) + "\n"
+
+
+def _find_section(annotation: Any) -> type[BaseModel]:
+    """The model of a field that holds one, alone or beside None."""
+    candidates = (annotation, *getattr(annotation, "__args__", ()))
+    return next(a for a in candidates if isinstance(a, type) and issubclass(a, BaseModel))
 
 
 def _show(field: Any) -> str:

@@ -20,11 +20,14 @@ from numpy.typing import NDArray
 
 from openmm_hvpcg.analysis.compare import Comparison
 from openmm_hvpcg.analysis.distributions import Density, Landscape, Observable
+from openmm_hvpcg.analysis.divergences import Estimate
 
 FloatArray = NDArray[np.float64]
 Colours = Mapping[str, str]
 
 REFERENCE_LABEL = "AA reference"
+PRIORS_LABEL = "priors alone"
+PRIORS_COLOUR = "0.6"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31")
 #: Free energies above this height over the reference's highest seen state are cut off in plots, kJ/mol.
 HEADROOM = 4.0
@@ -220,6 +223,60 @@ def plot_divergences(comparisons: Mapping[str, Comparison], colours: Colours) ->
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("molecule")
         ax.set_ylabel("KL(reference || model) (nats)")
+    _add_common_legend(figure, axes[0])
+    return figure
+
+
+def list_pmf_rows(arms: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any], str]]:
+    """(label, figures, suffix of their keys) of what is judged on a molecule: priors first, then arms.
+
+    Arms mostly share their priors, which are then listed once.
+    """
+    keys = [f"pmf_{kind}_rmse_priors" for kind in ("force", "hvp")]
+    priors: dict[tuple[Any, ...], list[str]] = {}
+    for arm, figures in arms.items():
+        priors.setdefault(tuple(figures.get(key) for key in keys), []).append(arm)
+    labels = [PRIORS_LABEL if len(priors) == 1 else f"{PRIORS_LABEL} ({', '.join(names)})" for names in priors.values()]
+    rows = [(label, arms[names[0]], "_priors") for label, names in zip(labels, priors.values(), strict=True)]
+    return [*rows, *((arm, figures, "") for arm, figures in arms.items())]
+
+
+def get_pmf_error(figures: Mapping[str, Any], kind: str, suffix: str) -> Estimate | None:
+    """One figure of :data:`~openmm_hvpcg.analysis.summary.PMF_KEYS` with its error; None where it is not known."""
+    key = f"pmf_{kind}_rmse{suffix}"
+    value, error = _to_float(figures.get(key)), _to_float(figures.get(f"{key}_error"))
+    return None if value is None else Estimate(value, float("nan") if error is None else error)
+
+
+def plot_pmf_errors(pmf_errors: Mapping[str, Mapping[str, Mapping[str, Any]]], colours: Colours) -> Figure | None:
+    """Force and HVP errors against the PMF reference by molecule: priors and arms; None without any."""
+    rows = {molecule: list_pmf_rows(arms) for molecule, arms in pmf_errors.items() if arms}
+    if not rows:
+        return None
+    figure, axes = _make_figure(1, 2, 9.2, 3.8)
+    width = 0.8 / max(len(r) for r in rows.values())
+    panels = (("force", "mean-force error (kJ/mol/nm)"), ("hvp", "HVP error (kJ/mol/nm$^2$)"))
+    for ax, (kind, label) in zip(axes, panels, strict=True):
+        named: dict[str, str] = {}
+        for m, bars in enumerate(rows.values()):
+            for b, (name, figures, suffix) in enumerate(bars):
+                named[name] = PRIORS_COLOUR if suffix else colours[name]
+                found = get_pmf_error(figures, kind, suffix)
+                if found is None:
+                    continue
+                place = m + (b - (len(bars) - 1) / 2) * width
+                ax.bar(place, found.value, 0.92 * width, color=named[name])
+                error = found.error if np.isfinite(found.error) else 0.0
+                ax.errorbar(place, found.value, error, color="black", capsize=3, linewidth=1.2)
+        for name, colour in named.items():
+            ax.bar(0, 0, color=colour, label=name)
+        ax.set_xticks(range(len(rows)), list(rows))
+        ax.set_xlim(-0.6, len(rows) - 0.4)
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("molecule")
+        ax.set_ylabel(label)
+        if kind == "hvp":
+            ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=True)
     _add_common_legend(figure, axes[0])
     return figure
 

@@ -16,7 +16,7 @@ from openmm_hvpcg.analysis import plots
 from openmm_hvpcg.analysis.compare import BASINS, Comparison, without_arms
 from openmm_hvpcg.analysis.distributions import Landscape
 from openmm_hvpcg.analysis.divergences import Estimate
-from openmm_hvpcg.analysis.summary import Simulation, Training, find_arms, judge_arm
+from openmm_hvpcg.analysis.summary import PMFErrors, Simulation, Training, find_arms, judge_arm
 from openmm_hvpcg.storage import PathLike, write_text
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,10 @@ _CAPTIONS = {
         "what two halves of the reference differ by: below it, model and reference cannot be told apart "
         "with this sampling."
     ),
+    "pmf_errors": (
+        "Error of the mean force and of the curvature against the reference; shorter is better. Bars are root mean "
+        "squares per component with one standard error. An arm above its priors was made worse by its network."
+    ),
 }
 
 
@@ -78,6 +82,7 @@ def write_report(
     provenance: Mapping[str, Any],
     *,
     title: str = "Coarse-grained potentials against the all-atom reference",
+    pmf_errors: PMFErrors | None = None,
 ) -> Path:
     """Write ``folder/report.html``, one self-contained file, and return its path.
 
@@ -89,6 +94,7 @@ def write_report(
         ``message``
     provenance : what the study was made from; nested dictionaries become dotted rows
     title : heading
+    pmf_errors : by molecule, then by arm: the ``pmf_`` figures of ``SUMMARY_KEYS``; None without a PMF reference
     """
     molecules = list(dict.fromkeys([*comparisons, *simulation]))
     status = {
@@ -103,11 +109,13 @@ def write_report(
         m: without_arms(c, {arm: str(status[m][arm][1]) for arm in c.arms if status[m][arm][0] != "ok"})
         for m, c in comparisons.items()
     }
-    colours = plots.choose_colours(list(dict.fromkeys([*training, *(arm for m in molecules for arm in status[m])])))
+    judged = (arm for m in molecules for arm in [*status[m], *(pmf_errors or {}).get(m, {})])
+    colours = plots.choose_colours(list(dict.fromkeys([*training, *judged])))
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{_describe_study(molecules, colours)}</p>']
     parts.append("<h2>Key figures</h2>")
     parts.append(_build_key_table(shown, training, simulation, status))
     parts.append(_embed(plots.plot_divergences(shown, colours), "divergences"))
+    parts.append(_build_pmf_errors(pmf_errors or {}, colours))
     for molecule in molecules:
         parts.append(_build_molecule(molecule, shown.get(molecule), status[molecule], colours))
     parts.append(_build_training(training, colours))
@@ -170,6 +178,28 @@ def _build_key_table(
         "Compare them with the sampling floor, and errors with the noise of the labels.</p>"
     )
     return note + _build_table(head, rows, n_text=2)
+
+
+def _build_pmf_errors(pmf_errors: PMFErrors, colours: plots.Colours) -> str:
+    """Table and bars of the errors against the PMF reference; nothing without one."""
+    if not any(pmf_errors.values()):
+        return ""
+    head = ["molecule", "", "mean-force error (kJ/mol/nm)", "HVP error (kJ/mol/nm²)"]
+    rows = []
+    for molecule, arms in pmf_errors.items():
+        for label, figures, suffix in plots.list_pmf_rows(arms):
+            errors = (_show_estimate(plots.get_pmf_error(figures, kind, suffix)) for kind in ("force", "hvp"))
+            rows.append([molecule, label, *errors])
+    note = (
+        "<p>How far the potentials are from the true free-energy surface. The reference holds the beads of chosen "
+        "configurations still and averages over all that the other atoms do there: mean forces and their curvature "
+        "(Hessian-vector products, HVPs) that no model took part in. The noise of the reference itself is taken out "
+        "of the errors; ± is one standard error.</p>"
+    )
+    plot = _embed(plots.plot_pmf_errors(pmf_errors, colours), "pmf_errors")
+    return "\n".join(
+        ["<h2>Error of the mean force and its curvature</h2>", note, plot, _build_table(head, rows, n_text=2)]
+    )
 
 
 def _build_molecule(

@@ -20,6 +20,8 @@ FORMAT_VERSION = 1
 
 Training = Mapping[str, Mapping[str, Any]]
 Simulation = Mapping[str, Mapping[str, Mapping[str, Any]]]
+#: Errors against the PMF reference: by molecule, then by arm, the ``pmf_`` keys.
+PMFErrors = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 _SPACES = {
     "tica1": "along TICA mode 1",
@@ -40,6 +42,16 @@ _LABEL_KEYS = {
     "hvp_noise": "noise level of the HVP targets: no model's error falls below it (kJ/mol/nm^2)",
     "force_rmse_priors": "force error of the priors alone, without the network (kJ/mol/nm)",
     "hvp_rmse_priors": "HVP error of the priors alone, without the network (kJ/mol/nm^2)",
+}
+_PMF_KEYS = {
+    "pmf_force_rmse": "mean-force error against the PMF reference, rms per component, its noise taken out (kJ/mol/nm)",
+    "pmf_hvp_rmse": "the same of Hessian-vector products on probes with E[v v^T] = 1 (kJ/mol/nm^2)",
+    "pmf_force_rmse_priors": "mean-force error of the arm's priors alone, without the network (kJ/mol/nm)",
+    "pmf_hvp_rmse_priors": "error of Hessian-vector products of the arm's priors alone (kJ/mol/nm^2)",
+}
+PMF_KEYS = {
+    **_PMF_KEYS,
+    **{f"{key}_error": f"standard error of {key} over the configurations of the reference" for key in _PMF_KEYS},
 }
 _TRAINING_KEYS = {
     **_LABEL_KEYS,
@@ -122,6 +134,7 @@ SUMMARY_KEYS: dict[str, str] = {
     "js_error": "standard error of js (nats)",
     **_TRAINING_KEYS,
     **_SIMULATION_KEYS,
+    **PMF_KEYS,
 }
 
 
@@ -149,6 +162,7 @@ def build_summary(
     training: Training,
     simulation: Simulation,
     provenance: Mapping[str, Any],
+    pmf_errors: PMFErrors | None = None,
 ) -> dict[str, Any]:
     """The content of ``summary.json`` as JSON-ready values (NaN and infinity become null).
 
@@ -158,6 +172,7 @@ def build_summary(
     training : by arm; the keys of it that :data:`SUMMARY_KEYS` documents are taken
     simulation : by molecule, then by arm
     provenance : anything that JSON holds
+    pmf_errors : by molecule, then by arm: the keys of :data:`PMF_KEYS`; None where there is no PMF reference
     """
     molecules: dict[str, Any] = {}
     for molecule in dict.fromkeys([*comparisons, *simulation]):
@@ -166,6 +181,7 @@ def build_summary(
             "reference": None if comparison is None else _describe_reference(comparison),
             "arms": {
                 arm: _describe_arm(molecule, arm, comparison, training, simulation)
+                | {key: (pmf_errors or {}).get(molecule, {}).get(arm, {}).get(key) for key in PMF_KEYS}
                 for arm in find_arms(molecule, comparison, training, simulation)
             },
         }
@@ -190,9 +206,10 @@ def write_summary(
     training: Training,
     simulation: Simulation,
     provenance: Mapping[str, Any],
+    pmf_errors: PMFErrors | None = None,
 ) -> dict[str, Any]:
     """Write ``summary.json``, whole or not at all; return its content. Arguments: :func:`build_summary`."""
-    content = build_summary(comparisons, training, simulation, provenance)
+    content = build_summary(comparisons, training, simulation, provenance, pmf_errors)
     write_json(path, content)
     return content
 

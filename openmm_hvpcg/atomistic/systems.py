@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import openmm
 from numpy.typing import NDArray
 from openmm import app, unit
 
+from openmm_hvpcg.atomistic.flexible import check_beads_are_free, free_beads
 from openmm_hvpcg.atomistic.forcefields import (
     LoadedForceField,
     choose_templates,
@@ -32,11 +34,14 @@ from openmm_hvpcg.atomistic.solvent import (
 )
 from openmm_hvpcg.config import InputSettings
 from openmm_hvpcg.errors import InputError
+from openmm_hvpcg.mapping import BeadMap
 from openmm_hvpcg.storage import compute_hash, hash_file
 
 logger = logging.getLogger(__name__)
 
 Constraints = Literal["none", "hbonds", "allbonds"]
+#: Gives the beads that are to be free of constraints, from the finished topology.
+MapBeads = Callable[[md.Topology], BeadMap]
 CONSTRAINTS = {"none": None, "hbonds": app.HBonds, "allbonds": app.AllBonds}
 
 #: Minimisation of a start structure: rms force it stops at (kJ/mol/nm), and its most iterations.
@@ -51,6 +56,7 @@ def build_atomistic_system(
     constraints: Constraints = "hbonds",
     name: str = "",
     base: Path = Path("."),
+    flexible_beads: MapBeads | None = None,
 ) -> AtomisticSystem:
     """Build a molecule of a study from whichever source its settings name.
 
@@ -59,6 +65,8 @@ def build_atomistic_system(
     settings : one of sequence, pdb, prmtop + coordinates, system_xml + pdb; paths relative to ``base``
     temperature_K : temperature of the ensemble
     constraints : which bonds are rigid (water in explicit solvent always is)
+    flexible_beads : the bead map of the topology it is called with; bonds of atoms that carry beads then stay
+        flexible, whatever ``constraints`` says, so that these beads can be held
 
     Raises
     ------
@@ -73,7 +81,14 @@ def build_atomistic_system(
         builder = build_from_system_xml
     else:
         builder = build_from_pdb
-    return builder(settings, temperature_K=temperature_K, constraints=constraints, name=name, base=base)
+    return builder(
+        settings,
+        temperature_K=temperature_K,
+        constraints=constraints,
+        name=name,
+        base=base,
+        flexible_beads=flexible_beads,
+    )
 
 
 def build_from_sequence(
@@ -83,6 +98,7 @@ def build_from_sequence(
     constraints: Constraints = "hbonds",
     name: str = "",
     base: Path = Path("."),
+    flexible_beads: MapBeads | None = None,
 ) -> AtomisticSystem:
     """Build the peptide ``settings.sequence``, minimised before water is added; the same at every call."""
     if settings.sequence is None:
@@ -96,6 +112,9 @@ def build_from_sequence(
     if settings.solvent == "explicit":
         topology, positions = _solvate(topology, positions, loaded, settings, where)
         system = _create_system(topology, loaded, settings, constraints, where)
+    freed = _free_beads(
+        system, lambda: _create_system(topology, loaded, settings, "none", where), topology, flexible_beads, name
+    )
     facts = {"sequence": settings.sequence, "caps": settings.caps, "start": settings.start}
     return _assemble(
         "sequence",
@@ -104,7 +123,7 @@ def build_from_sequence(
         positions,
         temperature_K,
         name,
-        facts | _describe(settings, constraints, loaded),
+        facts | _describe(settings, constraints, loaded) | freed,
     )
 
 
@@ -115,6 +134,7 @@ def build_from_pdb(
     constraints: Constraints = "hbonds",
     name: str = "",
     base: Path = Path("."),
+    flexible_beads: MapBeads | None = None,
 ) -> AtomisticSystem:
     """Build from a PDB file with all its hydrogens, and force-field XMLs.
 
@@ -128,7 +148,10 @@ def build_from_pdb(
             topology, positions = _solvate(topology, positions, loaded, settings, path)
         check_box(topology, path)
     system = _create_system(topology, loaded, settings, constraints, path)
-    facts = {"files": {str(settings.pdb): hash_file(path)}, **_describe(settings, constraints, loaded)}
+    freed = _free_beads(
+        system, lambda: _create_system(topology, loaded, settings, "none", path), topology, flexible_beads, name
+    )
+    facts = {"files": {str(settings.pdb): hash_file(path)}, **_describe(settings, constraints, loaded), **freed}
     return _assemble("pdb", topology, system, positions, temperature_K, name, facts)
 
 
@@ -139,6 +162,7 @@ def build_from_amber(
     constraints: Constraints = "hbonds",
     name: str = "",
     base: Path = Path("."),
+    flexible_beads: MapBeads | None = None,
 ) -> AtomisticSystem:
     """Build from an Amber prmtop and inpcrd/rst7; obc2 takes radii and scale factors from the prmtop."""
     prmtop_path = _existing(settings.prmtop, base)
@@ -157,18 +181,19 @@ def build_from_amber(
     _check_waters(prmtop.topology, settings.solvent, prmtop_path)
     if settings.solvent == "explicit":
         check_box(prmtop.topology, coordinates_path)
-    options = _system_options(settings, constraints)
-    if settings.solvent == "obc2":
-        options["implicitSolvent"] = app.OBC2
-    try:
-        system = prmtop.createSystem(**options)
-    except Exception as error:
-        raise InputError(f"OpenMM cannot build this prmtop ({error})", where=prmtop_path) from error
+    system = _create_amber_system(prmtop, settings, constraints, prmtop_path)
+    freed = _free_beads(
+        system,
+        lambda: _create_amber_system(prmtop, settings, "none", prmtop_path),
+        prmtop.topology,
+        flexible_beads,
+        name,
+    )
     files = {
         str(settings.prmtop): hash_file(prmtop_path),
         str(settings.coordinates): hash_file(coordinates_path),
     }
-    facts = {"files": files, **_describe(settings, constraints, None)}
+    facts = {"files": files, **_describe(settings, constraints, None), **freed}
     return _assemble("amber", prmtop.topology, system, positions, temperature_K, name, facts)
 
 
@@ -179,6 +204,7 @@ def build_from_system_xml(
     constraints: Constraints = "hbonds",
     name: str = "",
     base: Path = Path("."),
+    flexible_beads: MapBeads | None = None,
 ) -> AtomisticSystem:
     """Take a serialized openmm.System as it is, with topology and positions from a PDB file.
 
@@ -195,6 +221,8 @@ def build_from_system_xml(
             expected=f"{system.getNumParticles()} particles ({xml_path})",
             got=f"{topology.getNumAtoms()} atoms ({pdb_path})",
         )
+    if flexible_beads is not None:
+        check_beads_are_free(system, flexible_beads(md.Topology.from_openmm(topology)), xml_path)
     logger.info(
         "%s: %s is used as it is: solvent, force_field, constraints, hydrogen_mass_amu do not apply",
         name or "molecule",
@@ -236,6 +264,32 @@ def _create_system(
     if settings.solvent == "obc2":
         add_obc2(system, topology)
     return system
+
+
+def _free_beads(
+    system: openmm.System,
+    build_unconstrained: Callable[[], openmm.System],
+    topology: app.Topology,
+    flexible_beads: MapBeads | None,
+    name: str,
+) -> dict[str, Any]:
+    """Free the beads of constraints where that is asked; facts for the provenance."""
+    if flexible_beads is None:
+        return {}
+    bead_map = flexible_beads(md.Topology.from_openmm(topology))
+    return {"lifted_constraints": free_beads(system, build_unconstrained(), bead_map, name)}
+
+
+def _create_amber_system(
+    prmtop: app.AmberPrmtopFile, settings: InputSettings, constraints: Constraints, where: Path
+) -> openmm.System:
+    options = _system_options(settings, constraints)
+    if settings.solvent == "obc2":
+        options["implicitSolvent"] = app.OBC2
+    try:
+        return prmtop.createSystem(**options)
+    except Exception as error:
+        raise InputError(f"OpenMM cannot build this prmtop ({error})", where=where) from error
 
 
 def _system_options(settings: InputSettings, constraints: Constraints) -> dict[str, Any]:

@@ -15,7 +15,14 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from openmm_hvpcg.config import MoleculeSettings, Protocol, dump_protocol, load_protocol, resolve_arm
+from openmm_hvpcg.config import (
+    MoleculeSettings,
+    Protocol,
+    ReferenceSettings,
+    dump_protocol,
+    load_protocol,
+    resolve_arm,
+)
 from openmm_hvpcg.errors import HVPCGError, StudyError
 from openmm_hvpcg.storage import PathLike, explain_disk_errors, hash_file, write_json, write_text
 
@@ -28,6 +35,12 @@ FILE = "file "
 
 #: Settings that say where and how fast, not what: changing them keeps the results.
 WITHOUT_EFFECT = {"platform", "workers", "accelerator"}
+#: Settings younger than version 0.1.0, and what was done before there was a choice: records of older runs lack them.
+BEFORE = {
+    "sampling.flexible_beads": False,
+    "labels.probe_modes": None,
+    "labels.probe_translations": "keep",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,13 @@ class Study:
 
     def dataset_path(self, molecule: str) -> Path:
         return self.out / "datasets" / f"{molecule}.zarr"
+
+    def reference_path(self, molecule: str) -> Path:
+        return self.out / "references" / f"{molecule}.zarr"
+
+    @property
+    def evaluation_path(self) -> Path:
+        return self.out / "evaluation.json"
 
     def map_path(self, molecule: str) -> Path:
         return self.out / "mapping" / f"{molecule}.json"
@@ -85,6 +105,11 @@ class Study:
         """Molecules to simulate and compare: those to test on, or all where there are none."""
         return [m for m in self.protocol.molecules if m.role != "train"] or list(self.protocol.molecules)
 
+    @property
+    def reference_settings(self) -> ReferenceSettings:
+        """Those of the protocol, or the defaults where it asks for no reference."""
+        return self.protocol.reference or ReferenceSettings()
+
     def describe_unit(self, stage: str, unit: str) -> dict[str, Any]:
         """Everything the results of one unit of a stage depend on, flat: its own settings and those before it."""
         p = self.protocol
@@ -95,12 +120,15 @@ class Study:
                 **_flatten(f"{unit}.input", molecule.input),
                 **self._hash_inputs(molecule),
                 **_flatten("sampling", p.sampling),
+                # Which bonds are flexible depends on the beads.
+                **(self._describe_mapping() if p.sampling.flexible_beads else {}),
             }
         if stage == "label":
-            beads = p.mapping.beads
-            json_map = {f"{FILE}{beads['json']}": _hash(self.base / beads["json"])} if isinstance(beads, dict) else {}
-            own = {**_flatten("mapping", p.mapping), **json_map, **_flatten("labels", p.labels)}
-            return {**self.describe_unit("sample", unit), **own}
+            own = _flatten("labels", p.labels)
+            return {**self.describe_unit("sample", unit), **self._describe_mapping(), **own}
+        if stage == "reference":
+            own = _flatten("reference", self.reference_settings)
+            return {**self.describe_unit("sample", unit), **self._describe_mapping(), **own}
         if stage == "train":
             training, model = resolve_arm(p, unit)
             own = {**_flatten("priors", p.priors), **_flatten("training", training), **_flatten("model", model)}
@@ -115,7 +143,18 @@ class Study:
             arm, molecule_name = unit.split("/")
             before = {**self.describe_unit("train", arm), **self.describe_unit("sample", molecule_name)}
             return {**before, **_flatten("simulation", p.simulation)}
-        return self._describe_report()
+        return self._describe_evaluation() if stage == "evaluate" else self._describe_report()
+
+    def _describe_mapping(self) -> dict[str, Any]:
+        beads = self.protocol.mapping.beads
+        json_map = {f"{FILE}{beads['json']}": _hash(self.base / beads["json"])} if isinstance(beads, dict) else {}
+        return {**_flatten("mapping", self.protocol.mapping), **json_map}
+
+    def _describe_evaluation(self) -> dict[str, Any]:
+        arms = {f"{FILE}{arm}": _hash(self.find_output("train", arm)) for arm in self.arms}
+        # The header of a reference says what it was made from; the rest of it follows from that.
+        headers = [self.reference_path(m.name) / "zarr.json" for m in self.judged]
+        return {**arms, **{f"{FILE}{path.relative_to(self.out)}": _hash(path) for path in headers}}
 
     def _describe_report(self) -> dict[str, Any]:
         results = {
@@ -123,6 +162,8 @@ class Study:
             **{f"{FILE}{u}": _hash(self.find_output("simulate", u)) for u in self.list_units("simulate")},
             **{f"{FILE}{m.name}": _hash(self.base / m.native_pdb) for m in self.judged if m.native_pdb is not None},
         }
+        if self.is_done("evaluate", "evaluation"):
+            results[f"{FILE}{self.evaluation_path.name}"] = _hash(self.evaluation_path)
         return {**_flatten("analysis", self.protocol.analysis), **results}
 
     def _hash_inputs(self, molecule: MoleculeSettings) -> dict[str, Any]:
@@ -139,6 +180,10 @@ class Study:
             return self.frames_path(unit)
         if stage == "label":
             return self.dataset_path(unit)
+        if stage == "reference":
+            return self.reference_path(unit)
+        if stage == "evaluate":
+            return self.evaluation_path
         if stage == "train":
             return self.model_folder(unit) / ("made_from.json" if begun else "training.json")
         if stage == "export":
@@ -152,8 +197,8 @@ class Study:
         path = self._record_path(stage, unit)
         if not (path.exists() and self.find_output(stage, unit).exists()):
             return False
-        # The other stages were compared when the study was opened; these two are quick and made again.
-        return stage not in ("export", "compare") or read_record(path) == self.describe_unit(stage, unit)
+        # The other stages were compared when the study was opened; these are quick and made again.
+        return stage not in ("export", "evaluate", "compare") or read_record(path) == self.describe_unit(stage, unit)
 
     def mark_begun(self, stage: str, unit: str) -> None:
         """Record the settings a unit is started with, so that it is not gone on with under other ones."""
@@ -171,7 +216,11 @@ class Study:
         found = next((path for path in paths if path.exists()), None)
         if found is None or not self.find_output(stage, unit, begun=True).exists():
             return []
-        old, new = read_record(found), self.describe_unit(stage, unit)
+        new = self.describe_unit(stage, unit)
+        old = {**BEFORE, **read_record(found)}
+        if stage == "reference" and self.protocol.reference is None:
+            # Nothing is asked of a reference that there is.
+            new = {k: v for k, v in new.items() if not k.startswith("reference.")}
         # A key of one side only is a molecule that left or came (their list tells), or another version of ours.
         return [_explain_change(k, old[k], new[k]) for k in old if k in new and old[k] != new[k]]
 
@@ -185,6 +234,10 @@ class Study:
             return [m.name for m in self.protocol.molecules]
         if stage == "label":
             return [m.name for m in self.trained]
+        if stage == "reference":
+            return [m.name for m in self.judged]
+        if stage == "evaluate":
+            return ["evaluation"]
         if stage in ("train", "export"):
             return self.arms
         if stage == "simulate":
@@ -288,7 +341,7 @@ def _check_folder(study: Study) -> None:
             where=out,
             hint="choose another folder",
         )
-    for stage in ("sample", "label", "train", "simulate"):
+    for stage in ("sample", "label", "reference", "train", "simulate"):
         for unit in study.list_units(stage):
             changed = study.find_changes(stage, unit)
             if changed:
@@ -303,7 +356,7 @@ def _check_folder(study: Study) -> None:
 def _name_folder(study: Study, stage: str, unit: str) -> Path:
     """What to delete to make a unit again, relative to the study."""
     output = study.find_output(stage, unit)
-    return (output if stage in ("sample", "label") else output.parent).relative_to(study.out)
+    return (output if stage in ("sample", "label", "reference") else output.parent).relative_to(study.out)
 
 
 def _explain_change(key: str, old: Any, new: Any) -> str:

@@ -17,6 +17,7 @@ from openmm_hvpcg.frames import Frames
 from openmm_hvpcg.mapping import BeadMap
 from openmm_hvpcg.quiet import hide_c_output
 from openmm_hvpcg.simulation import load_result
+from openmm_hvpcg.study.evaluating import list_pmf_errors, read_evaluation
 from openmm_hvpcg.study.folder import RECORDS, Study, read_record
 from openmm_hvpcg.training.dataset import load_dataset
 from openmm_hvpcg.training.fit import load_fit
@@ -42,10 +43,15 @@ def make_report(study: Study, maps: Mapping[str, BeadMap], frames: Mapping[str, 
         m.name: {arm: _read_run(study, arm, m.name) for arm in study.arms if has_run(study, f"{arm}/{m.name}")}
         for m in study.judged
     }
+    evaluation = read_evaluation(study)
     provenance = _describe_study(study)
+    if evaluation is not None:
+        provenance["references"] = {name: m["reference"] for name, m in evaluation["molecules"].items()}
+    pmf_errors = list_pmf_errors(evaluation)
     title = f"{', '.join(m.name for m in study.judged)}: coarse-grained potentials against the all-atom reference"
-    write_report(study.report_folder, comparisons, training, simulation, provenance, title=title)
-    write_summary(study.report_folder / "summary.json", comparisons, training, simulation, provenance)
+    results = (comparisons, training, simulation, provenance)
+    write_report(study.report_folder, *results, title=title, pmf_errors=pmf_errors)
+    write_summary(study.report_folder / "summary.json", *results, pmf_errors)
 
 
 def has_run(study: Study, unit: str) -> bool:

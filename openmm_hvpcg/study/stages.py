@@ -1,4 +1,4 @@
-"""The six stages of a study; each resumes where it was killed and says what it skips."""
+"""The eight stages of a study; each resumes where it was killed and says what it skips."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import mdtraj as md
 import numpy as np
 
+from openmm_hvpcg.atomistic.flexible import warn_of_fast_bonds
 from openmm_hvpcg.atomistic.sampling import sample_frames
 from openmm_hvpcg.atomistic.systems import AtomisticSystem, build_atomistic_system
 from openmm_hvpcg.atomistic.trajectories import import_trajectory
@@ -21,14 +22,17 @@ from openmm_hvpcg.frames import Frames, FramesStore, load_frames
 from openmm_hvpcg.mapping import BeadMap, build_bead_map
 from openmm_hvpcg.simulation import load_result, simulate
 from openmm_hvpcg.storage import write_json
+from openmm_hvpcg.study.evaluating import evaluate_study, read_evaluation
 from openmm_hvpcg.study.folder import LOG_NAME, Study, read_record, take_folder
 from openmm_hvpcg.study.reporting import TIMES, has_run, make_report, read_times
 from openmm_hvpcg.training.dataset import LabelledFrames, load_dataset
 from openmm_hvpcg.training.export import export_potential
 from openmm_hvpcg.training.fit import fit_potential, load_fit
 from openmm_hvpcg.training.labels.force_maps import build_force_map
+from openmm_hvpcg.training.labels.held import find_held_atoms
 from openmm_hvpcg.training.labels.label import label_frames
 from openmm_hvpcg.training.labels.oracle import find_active_atoms, find_rigid_clusters
+from openmm_hvpcg.training.reference import compute_reference, load_reference
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +40,14 @@ logger = logging.getLogger(__name__)
 def run_study(study: Study) -> dict[str, Any]:
     """Run every stage; returns the content of ``summary.json``.
 
+    The reference and the evaluation against it are made where the protocol has a ``reference`` section.
     A simulation that blew up does not keep the others and the report from being made: the summary says which
     it was, and :func:`check_stable` raises for it.
     """
     with take_folder(study):
-        for stage in ("sample", "label", "train", "export"):
-            _run_stage(study, stage)
+        for stage in ("sample", "label", "reference", "train", "export", "evaluate"):
+            if study.protocol.reference is not None or stage not in ("reference", "evaluate"):
+                _run_stage(study, stage)
         with contextlib.suppress(UnstableSimulationError):
             _run_stage(study, "simulate")
         return _run_stage(study, "compare")
@@ -84,6 +90,7 @@ def _sample(study: Study) -> None:
         system = _build_system(study, molecule.name)
         path = study.frames_path(molecule.name)
         if molecule.input.trajectory is None:
+            warn_of_fast_bonds(system, study.protocol.sampling.timestep_fs)
             sample_frames(system, study.protocol.sampling, path, progress=study.progress)
         else:
             import_trajectory(
@@ -106,6 +113,24 @@ def _label(study: Study) -> None:
             _build_map(study, molecule.name),
             study.protocol.labels,
             study.dataset_path(molecule.name),
+            progress=study.progress,
+        )
+
+
+def _reference(study: Study) -> None:
+    for molecule in _each_molecule(study, "reference", study.judged):
+        frames = _load_frames(study, molecule.name)
+        system = _build_system(study, molecule.name)
+        _check_same_system(study, system, frames)
+        bead_map = _build_map(study, molecule.name)
+        find_held_atoms(system, bead_map)
+        warn_of_fast_bonds(system, study.reference_settings.timestep_fs)
+        compute_reference(
+            system,
+            frames,
+            bead_map,
+            study.reference_settings,
+            study.reference_path(molecule.name),
             progress=study.progress,
         )
 
@@ -143,6 +168,18 @@ def _export(study: Study) -> None:
             study.model_folder(arm) / "check.json",
             [{"name": i.name, "value": i.value, "tolerance": i.tolerance, "reason": i.reason} for i in check.items],
         )
+
+
+def _evaluate(study: Study) -> dict[str, Any] | None:
+    for _ in _each_unit(study, "evaluate", study.list_units("evaluate")):
+        for stage, units in (("reference", study.list_units("reference")), ("train", study.arms)):
+            for unit in units:
+                _require(study, stage, unit)
+        references = {
+            m.name: load_reference(study.reference_path(m.name), _build_map(study, m.name)) for m in study.judged
+        }
+        evaluate_study(study, references)
+    return read_evaluation(study)
 
 
 def _simulate(study: Study) -> None:
@@ -187,8 +224,10 @@ def _compare(study: Study) -> dict[str, Any]:
 STAGES: dict[str, Callable[[Study], Any]] = {
     "sample": _sample,
     "label": _label,
+    "reference": _reference,
     "train": _train,
     "export": _export,
+    "evaluate": _evaluate,
     "simulate": _simulate,
     "compare": _compare,
 }
@@ -215,13 +254,15 @@ def _build_system(study: Study, molecule: str) -> AtomisticSystem:
     """The AA system of a molecule; built once a process."""
     if molecule not in study.cache:
         settings = next(m for m in study.protocol.molecules if m.name == molecule)
+        sampling = study.protocol.sampling
         logger.info("%s: building the all-atom system", molecule)
         study.cache[molecule] = build_atomistic_system(
             settings.input,
             temperature_K=study.protocol.temperature_K,
-            constraints=study.protocol.sampling.constraints,
+            constraints=sampling.constraints,
             name=molecule,
             base=study.base,
+            flexible_beads=(lambda topology: _make_map(study, molecule, topology)) if sampling.flexible_beads else None,
         )
     return study.cache[molecule]
 
@@ -243,6 +284,8 @@ def _check_inputs(study: Study) -> None:
             continue
         system = _build_system(study, molecule.name)
         bead_map = _make_map(study, molecule.name, system.topology)
+        if study.protocol.reference is not None and molecule in study.judged:
+            find_held_atoms(system, bead_map)
         if molecule not in study.trained:
             continue
         try:

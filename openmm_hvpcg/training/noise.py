@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
+from openmm_hvpcg.training.labels.probes import ProbeLaw
+
 #: Frames of one walker closer than this many are not independent.
 MIN_SEPARATION = 20
 MAX_FRAMES = 4000
@@ -23,10 +25,13 @@ MAX_FRAMES = 4000
 
 @dataclass(frozen=True)
 class LabelNoise:
-    """Root mean square noise per component: ``force`` kJ/mol/nm, ``hvp`` kJ/mol/nm^2; ``n_pairs`` it rests on."""
+    """Root mean square noise per component: ``force`` kJ/mol/nm, ``hvp`` kJ/mol/nm^2; ``n_pairs`` it rests on.
+
+    ``hvp`` is for probes of the dataset's own law; None where that law does not reveal it.
+    """
 
     force: float
-    hvp: float
+    hvp: float | None
     n_pairs: int
 
 
@@ -36,6 +41,7 @@ def estimate_noise(
     force_residuals: NDArray[np.floating],
     probes: NDArray[np.floating],
     hvp_residuals: NDArray[np.floating],
+    law: ProbeLaw | None = None,
 ) -> LabelNoise | None:
     """Noise of forces and HVP targets.
 
@@ -44,8 +50,11 @@ def estimate_noise(
     positions : (T, B, 3) nm
     walker : (T,)
     force_residuals : (T, B, 3), projected force minus a model's force
-    probes : (T, P, B, 3), with E[v v^T] = 1
+    probes : (T, P, B, 3)
     hvp_residuals : (T, P, B, 3), HVP target minus the model's HVP
+    law : of the probes; None: one with E[v v^T] = 1. Neighbours must be compared along the same direction, but each has
+        probes of its own, so that their likeness is averaged over all directions the law reaches. Rigid motions it
+        leaves out count as noise in full. A law of a few soft modes leaves out more: its HVP noise is None.
 
     Returns
     -------
@@ -59,14 +68,35 @@ def estimate_noise(
     turns = np.stack([_align(positions[a], positions[b]) for a, b in pairs])
     d_i, d_j = force_residuals[i], force_residuals[j] @ turns
     force = 0.5 * np.mean((d_i - d_j) ** 2)
+    return LabelNoise(
+        float(np.sqrt(force)),
+        _estimate_hvp_noise(positions, probes, hvp_residuals, pairs, turns, law or ProbeLaw()),
+        len(pairs),
+    )
+
+
+def _estimate_hvp_noise(
+    positions: NDArray[np.floating],
+    probes: NDArray[np.floating],
+    hvp_residuals: NDArray[np.floating],
+    pairs: NDArray[np.int64],
+    turns: NDArray[np.float64],
+    law: ProbeLaw,
+) -> float | None:
+    """Half of ``E |(A - B) v|^2`` of neighbours with residual matrices A and B, as a root mean square component."""
+    i, j = pairs[:, 0], pairs[:, 1]
+    duals = law.compute_duals(positions[j], probes[j])
+    if duals is None:
+        return None
     n_components = positions.shape[1] * 3
     v, e_i = probes[i].astype(np.float64), hvp_residuals[i].astype(np.float64)
-    w, e_j = probes[j].astype(np.float64) @ turns[:, None], hvp_residuals[j].astype(np.float64) @ turns[:, None]
-    # E|A v|^2 = |A|^2 for each frame; E[(w . A v)(v . B w)] = tr(A B) for the cross term, from independent probes.
+    w, e_j = duals @ turns[:, None], hvp_residuals[j].astype(np.float64) @ turns[:, None]
+    # E|A v|^2 = tr(A S A) for each frame; E[(S^+ w . A v)(v . B w)] = tr(A S B) for the cross term, from independent
+    # probes v and w (theory note: E[v v^T] = S).
     own = 0.5 * ((e_i**2).sum((2, 3)).mean(1) + (e_j**2).sum((2, 3)).mean(1))
     cross = np.einsum("nqbx,npbx->npq", w, e_i) * np.einsum("npbx,nqbx->npq", v, e_j)
     hvp = (own - cross.mean((1, 2))).mean() / n_components
-    return LabelNoise(float(np.sqrt(force)), float(np.sqrt(max(hvp, 0.0))), len(pairs))
+    return float(np.sqrt(max(hvp, 0.0)))
 
 
 def _pair_neighbours(

@@ -15,16 +15,19 @@ import zarr
 from openmm_hvpcg.atomistic.systems import build_atomistic_system
 from openmm_hvpcg.config import InputSettings, LabelSettings
 from openmm_hvpcg.errors import ConfigError, DataError, InputError, MappingError, StudyError
-from openmm_hvpcg.frames import Frames
+from openmm_hvpcg.frames import Frames, load_frames
 from openmm_hvpcg.mapping import build_bead_map
 from openmm_hvpcg.training.dataset import load_dataset
+from openmm_hvpcg.training.labels.force_maps import METHODS
+from openmm_hvpcg.training.labels.frame_maps import FrameMaps
 from openmm_hvpcg.training.labels.hvp import compute_projected_hvps
 from openmm_hvpcg.training.labels.label import CHUNK_FRAMES, label_frames
 from openmm_hvpcg.training.labels.oracle import ForceOracle
-from openmm_hvpcg.training.labels.probes import draw_probes
+from openmm_hvpcg.training.labels.probes import ProbeLaw, draw_probes
 
 SETTINGS = LabelSettings(probes_per_frame=2, platform="Reference", workers=1, seed=7)
 N_FRAMES = 3 * CHUNK_FRAMES
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +55,18 @@ def dataset(alanine, tmp_path_factory):
 def test_labels_are_the_projected_forces_and_hvps(alanine, dataset):
     path, bead_map, data = dataset
     frames = build_frames(alanine)
-    weights = np.asarray(zarr.open_group(str(path), mode="r")["force_map"])
+    group = zarr.open_group(str(path), mode="r")
+    maps, fold = np.asarray(group["fold_force_maps"]), np.asarray(group["fold"])
+    assert len(maps) == 5
+    assert np.bincount(fold).min() > 0.9 * N_FRAMES / 5
     probes = draw_probes("rademacher", np.arange(N_FRAMES), 2, bead_map.n_beads, 7)
     with ForceOracle(alanine.system, "Reference") as oracle:
-        forces = weights @ oracle(frames.positions.astype(np.float64))
+        forces = maps[fold] @ oracle(frames.positions.astype(np.float64))
         step = data.attributes["finite_difference"]["step_nm"]
-        hvps = compute_projected_hvps(oracle, frames.positions, probes, weights, step)
+        hvps = np.empty(probes.shape)
+        for k, weights in enumerate(maps):
+            own = fold == k
+            hvps[own] = compute_projected_hvps(oracle, frames.positions[own], probes[own], weights, step)
     np.testing.assert_array_equal(data.probes, probes)
     # Stored as float32: 6e-8 relative.
     np.testing.assert_allclose(data.forces, forces, rtol=1e-6, atol=1e-3)
@@ -75,6 +84,116 @@ def test_provenance_is_whole(dataset):
         assert key in attributes
 
 
+def test_maps_are_compared_and_force_calls_counted(alanine, dataset, tmp_path, monkeypatch, caplog):
+    calls = []
+    genuine = ForceOracle.__call__
+    monkeypatch.setattr(
+        ForceOracle, "__call__", lambda self, x, box=None: (calls.append(len(x)), genuine(self, x, box))[1]
+    )
+    caplog.set_level("INFO")
+    settings = SETTINGS.model_copy(update={"max_frames": 100, "force_map": "optimal_cv"})
+    data = label_frames(alanine, build_frames(alanine), dataset[1], settings, tmp_path / "x.zarr", progress=False)
+    found = data.attributes["force_map"]
+    assert list(found["comparison"]) == list(METHODS)
+    assert found["comparison_frames"] == {"forces": 100, "hvps": 64}
+    # Every frame was projected by the map of its fold: the figure is that of the labels themselves.
+    rms = np.sqrt(np.mean(data.forces.astype(np.float64) ** 2))
+    assert found["comparison"]["optimal_cv"]["forces"] == pytest.approx(rms, rel=1e-6)  # float32 labels
+    assert found["comparison"]["slice"]["forces"] == pytest.approx(found["rms_projected_force_slice"], rel=1e-12)
+    # Even where all atoms are shaken at random, the map that follows the bonds is quieter in both figures.
+    for figure in ("forces", "hvps"):
+        assert found["comparison"]["harmonic"][figure] < found["comparison"]["slice"][figure]
+    assert sum(calls) == sum(data.attributes["force_calls"].values())
+    assert data.attributes["force_calls"]["labels"] == 100 * 5
+    (line,) = [r.message for r in caplog.records if "by force map" in r.message]
+    assert all(f"{method} " in line for method in METHODS)
+
+
+def test_noisy_map_is_warned_of(alanine, dataset, tmp_path, caplog):
+    """16 free weights fitted to 12 forces a component interpolate them, and are of no use for frames not seen."""
+    settings = SETTINGS.model_copy(update={"max_frames": 5})
+    label_frames(alanine, build_frames(alanine), dataset[1], settings, tmp_path / "x.zarr", progress=False)
+    assert "force map optimal, from 5 frames, makes noisier labels than" in caplog.text
+    caplog.clear()
+    settings = SETTINGS.model_copy(update={"max_frames": 1})
+    label_frames(alanine, build_frames(alanine), dataset[1], settings, tmp_path / "y.zarr", progress=False)
+    assert "fitted to one frame" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "law",
+    [ProbeLaw("soft"), ProbeLaw("soft", n_modes=4), ProbeLaw("rademacher", translations="remove")],
+    ids=str,
+)
+def test_laws_of_probes_are_drawn_and_named(alanine, dataset, tmp_path, law):
+    settings = LabelSettings(
+        probe_law=law.name,
+        probe_modes=law.n_modes,
+        probe_translations=law.translations,
+        probes_per_frame=2,
+        max_frames=CHUNK_FRAMES + 6,
+        platform="Reference",
+        workers=1,
+        seed=7,
+    )
+    data = label_frames(alanine, build_frames(alanine), dataset[1], settings, tmp_path / "x.zarr", progress=False)
+    chosen = np.asarray(zarr.open_group(str(tmp_path / "x.zarr"), mode="r")["frame"])
+    # From the stored positions alone, in one piece.
+    expected = draw_probes(law, chosen, 2, data.bead_map.n_beads, 7, data.positions)
+    np.testing.assert_array_equal(data.probes, expected)
+    assert ProbeLaw.from_attributes(data.attributes) == law
+    assert data.attributes["probe_second_moment"] == law.describe()
+    assert data.attributes["finite_difference"]["relative_error"] < 1e-6
+
+
+def test_more_soft_modes_than_there_are_leave_no_file(alanine, dataset, tmp_path):
+    settings = SETTINGS.model_copy(update={"probe_law": "soft", "probe_modes": 1000})
+    with pytest.raises(ConfigError, match="have fewer soft modes"):
+        label_frames(alanine, build_frames(alanine), dataset[1], settings, tmp_path / "x.zarr", progress=False)
+    assert not (tmp_path / "x.zarr").exists()
+
+
+def test_dataset_begun_by_an_older_version_is_finished_as_it_was_begun(tmp_path):
+    """Format version 1, from before there were folds and other laws: one map for all frames, the default law."""
+    old = TESTS / "continuity" / "files" / "version_1"
+    molecule = build_atomistic_system(
+        InputSettings(system_xml="dialanine.xml", pdb="dialanine.pdb"), temperature_K=300.0, base=TESTS.parent / "data"
+    )
+    path = tmp_path / "dataset.zarr"
+    shutil.copytree(old / "dataset.zarr", path)
+    group = zarr.open_group(str(path), mode="r+")
+    expected = {name: np.asarray(group[name]) for name in ("probes", "forces", "hvps")}
+    for name in expected:
+        group[name][...] = np.nan
+    group["done"][...] = 0
+    made_from = dict(group.attrs["made_from"])
+    assert "probe_modes" not in made_from["settings"]
+    # Another OpenMM may serialize the same System otherwise: what is tested here is the settings.
+    group.attrs["made_from"] = {**made_from, "system_hash": molecule.system_hash}
+    settings = LabelSettings.model_validate({**made_from["settings"], "platform": "Reference", "workers": 1})
+    frames = load_frames(old / "frames.zarr")
+    bead_map = build_bead_map("backbone", frames.topology)
+    changed = settings.model_copy(update={"probe_translations": "remove"})
+    with pytest.raises(StudyError, match=r"labels\.probe_translations \(keep -> remove\)"):
+        label_frames(molecule, frames, bead_map, changed, path, progress=False)
+    data = label_frames(molecule, frames, bead_map, settings, path, progress=False)
+    np.testing.assert_array_equal(data.probes, expected["probes"])
+    # Double-precision forces on another machine: differences of 1e-12 over a step of 1e-4 nm.
+    np.testing.assert_allclose(data.forces, expected["forces"], rtol=1e-5, atol=1e-2)
+    np.testing.assert_allclose(data.hvps, expected["hvps"], rtol=1e-5, atol=1e-5 * np.abs(expected["hvps"]).max())
+    assert len(FrameMaps.read(group, path).weights) == 1
+
+
+def test_lost_force_maps_are_noticed(alanine, dataset, tmp_path):
+    for name in ("fold", "fold_force_maps"):
+        path = tmp_path / f"{name}.zarr"
+        shutil.copytree(dataset[0], path)
+        zarr.open_group(str(path), mode="r+")["done"][:CHUNK_FRAMES] = 0
+        shutil.rmtree(path / name / "c")
+        with pytest.raises(DataError, match="force maps are damaged"):
+            label_frames(alanine, build_frames(alanine), dataset[1], SETTINGS, path, progress=False)
+
+
 def test_workers_do_not_change_the_labels(alanine, dataset, tmp_path):
     settings = SETTINGS.model_copy(update={"workers": 2})
     other = label_frames(alanine, build_frames(alanine), dataset[1], settings, tmp_path / "x.zarr", progress=False)
@@ -87,10 +206,10 @@ def test_killed_labelling_resumes_without_loss(alanine, dataset, tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 import time, test_labels_label as t
-from openmm_hvpcg.training.labels import label
+from openmm_hvpcg.training.labels import frame_maps
 system = t.build_atomistic_system(t.InputSettings(sequence="A"), temperature_K=300.0, name="ala")
-genuine = label.compute_projected_hvps
-label.compute_projected_hvps = lambda *a: (time.sleep(0.4), genuine(*a))[1]
+genuine = frame_maps.FrameMaps.compute_hvps
+frame_maps.FrameMaps.compute_hvps = lambda *a: (time.sleep(0.4), genuine(*a))[1]
 bead_map = t.build_bead_map("backbone", system.topology)
 t.label_frames(system, t.build_frames(system), bead_map, t.SETTINGS, {str(path)!r}, progress=False)
 """
@@ -185,12 +304,3 @@ def test_truncated_dataset_and_other_mapping_are_refused(alanine, dataset, tmp_p
         load_dataset(tmp_path / "x.zarr")
     with pytest.raises(MappingError, match="another mapping"):
         load_dataset(dataset[0], build_bead_map("heavy", alanine.topology))
-
-
-def test_probes_belong_to_frames_not_to_chunks():
-    whole = draw_probes("normal", np.arange(10), 2, 4, seed=3)
-    np.testing.assert_array_equal(draw_probes("normal", np.array([7, 2]), 2, 4, seed=3), whole[[7, 2]])
-    assert not np.array_equal(whole, draw_probes("normal", np.arange(10), 2, 4, seed=4))
-    assert set(np.unique(draw_probes("rademacher", np.arange(10), 2, 4, seed=3))) == {-1.0, 1.0}
-    with pytest.raises(ConfigError, match="no such probe law"):
-        draw_probes("uniform", np.arange(3), 1, 2, seed=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import openmm
 from numpy.typing import NDArray
 
-from openmm_hvpcg.atomistic.platforms import choose_platform
+from openmm_hvpcg.atomistic.platforms import PlatformChoice, choose_platform
 from openmm_hvpcg.atomistic.systems import AtomisticSystem
 from openmm_hvpcg.config import LabelSettings
 from openmm_hvpcg.cores import count_cores
@@ -31,17 +32,57 @@ from openmm_hvpcg.storage import (
     read_array,
 )
 from openmm_hvpcg.training.dataset import FORMAT_VERSION, KIND, LabelledFrames, load_dataset
-from openmm_hvpcg.training.labels.force_maps import ForceMap, build_force_map
-from openmm_hvpcg.training.labels.hvp import StepScan, compute_projected_hvps, scan_step
-from openmm_hvpcg.training.labels.oracle import ForceOracle, find_active_atoms, find_rigid_clusters
-from openmm_hvpcg.training.labels.probes import PROBE_SECOND_MOMENTS, draw_probes
+from openmm_hvpcg.training.labels.force_maps import FITTED, ForceMap, split_in_blocks
+from openmm_hvpcg.training.labels.frame_maps import FrameMaps, MapSample, compare_force_maps
+from openmm_hvpcg.training.labels.hvp import StepScan, scan_step
+from openmm_hvpcg.training.labels.oracle import ForceOracle
+from openmm_hvpcg.training.labels.probes import ProbeLaw, draw_probes
 
 logger = logging.getLogger(__name__)
 
 CHUNK_FRAMES = 64
 FORCE_MAP_FRAMES = 1000
+COMPARISON_FRAMES = 64
 SCAN_FRAMES = 4
-WARN_RELATIVE_ERROR = 0.01
+#: Noisier than the quietest map by more than this is worth a warning.
+WARN_NOISE_RATIO = 1.05
+
+#: Settings younger than the format, and what a dataset that does not know them was made with.
+SETTINGS_BEFORE = {"probe_modes": None, "probe_translations": "keep"}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is labelled, with what."""
+
+    system: AtomisticSystem
+    frames: Frames
+    bead_map: BeadMap
+    settings: LabelSettings
+    chosen: NDArray[np.int64]
+    oracle: ForceOracle
+
+    @property
+    def law(self) -> ProbeLaw:
+        return ProbeLaw(self.settings.probe_law, self.settings.probe_modes, self.settings.probe_translations)
+
+    def take(self, rows: NDArray[np.int64] | slice, n_probes: int) -> _Part:
+        """Some of the chosen frames."""
+        index = self.chosen[rows]
+        positions = self.frames.positions[index]
+        beads = self.bead_map.map_positions(positions).astype(np.float32)
+        probes = draw_probes(self.law, index, n_probes, self.bead_map.n_beads, self.settings.seed, beads)
+        return _Part(positions, beads, probes, None if self.frames.box is None else self.frames.box[index])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Frames: atom positions (n, A, 3), bead positions (n, B, 3), probes (n, P, B, 3), box (n, 3, 3) or None."""
+
+    positions: NDArray[np.float32]
+    beads: NDArray[np.float32]
+    probes: NDArray[np.float32]
+    box: NDArray[Any] | None
 
 
 def label_frames(
@@ -95,11 +136,9 @@ def label_frames(
     with ForceOracle(
         system.system, platform.name, platform.properties, _count_workers(platform.name, settings.workers)
     ) as oracle:
-        if Path(path).exists():
-            group = _open_unfinished(path, made_from)
-        else:
-            group = _create(path, system, frames, bead_map, settings, chosen, made_from, oracle, platform)
-        _fill(group, path, frames, bead_map, settings, chosen, oracle, progress)
+        job = _Job(system, frames, bead_map, settings, chosen, oracle)
+        group = _open_unfinished(path, made_from) if Path(path).exists() else _create(job, path, made_from, platform)
+        _fill(job, group, path, progress)
     return load_dataset(path, bead_map)
 
 
@@ -132,7 +171,7 @@ def _open_unfinished(path: PathLike, made_from: dict[str, Any]) -> Any:
     group = open_store(path, KIND, FORMAT_VERSION, mode="r+")
     found = group.attrs.get("made_from", {})
     changed = [key for key in made_from if key != "settings" and found.get(key) != made_from[key]]
-    changed += describe_changes("labels", found.get("settings", {}), made_from["settings"])
+    changed += describe_changes("labels", {**SETTINGS_BEFORE, **found.get("settings", {})}, made_from["settings"])
     if changed:
         raise StudyError(
             f"the dataset there was made from something else: {', '.join(changed)} differ",
@@ -142,28 +181,32 @@ def _open_unfinished(path: PathLike, made_from: dict[str, Any]) -> Any:
     return group
 
 
-def _create(
-    path: PathLike,
-    system: AtomisticSystem,
-    frames: Frames,
-    bead_map: BeadMap,
-    settings: LabelSettings,
-    chosen: NDArray[np.int64],
-    made_from: dict[str, Any],
-    oracle: ForceOracle,
-    platform: Any,
-) -> Any:
-    """Build the force map, choose the step, and lay out the store."""
-    n_beads, n_probes, n_frames = bead_map.n_beads, settings.probes_per_frame, len(chosen)
-    n_bytes = n_frames * n_beads * 12 * (2 + 2 * n_probes)
-    check_free_space(path, n_bytes)
-    force_map = _build_force_map(system, frames, bead_map, settings, chosen, oracle)
-    scan = _choose_step(frames, bead_map, settings, chosen, force_map, oracle)
+def _create(job: _Job, path: PathLike, made_from: dict[str, Any], platform: PlatformChoice) -> Any:
+    """Build the force maps, choose the step, and lay out the store."""
+    settings, chosen = job.settings, job.chosen
+    n_beads, n_probes, n_frames = job.bead_map.n_beads, settings.probes_per_frame, len(chosen)
+    check_free_space(path, n_frames * n_beads * 12 * (2 + 2 * n_probes))
+    fold = split_in_blocks(n_frames)
+    rows = _choose_frames(n_frames, FORCE_MAP_FRAMES)
+    part = job.take(rows, 1)
+    forces = job.oracle(part.positions.astype(np.float64), part.box)
+    sample = MapSample(job.system, job.bead_map, forces, fold[rows])
+    force_map, frame_maps = sample.fit(settings.force_map)
+    scan = _choose_step(job, force_map)
+    few = _choose_frames(len(rows), COMPARISON_FRAMES)
+    part = job.take(rows[few], 1)
+    comparison = compare_force_maps(sample, job.oracle, few, part.positions, part.probes, scan.step_nm, part.box)
+    _warn_if_noisy(settings.force_map, comparison, len(rows))
     attributes = {
-        "molecule": system.name,
-        "temperature_K": system.temperature_K,
-        "bead_map": json.dumps(bead_map.to_dict()),
-        "force_map": {"method": force_map.method, **force_map.diagnostics},
+        "molecule": job.system.name,
+        "temperature_K": job.system.temperature_K,
+        "bead_map": json.dumps(job.bead_map.to_dict()),
+        "force_map": {
+            "method": force_map.method,
+            **force_map.diagnostics,
+            "comparison": comparison,
+            "comparison_frames": {"forces": len(rows), "hvps": len(few)},
+        },
         "finite_difference": {
             "step_nm": scan.step_nm,
             "relative_error": scan.relative_error,
@@ -171,14 +214,22 @@ def _create(
             "scan_relative_errors": scan.relative_errors,
             "meaning": "step_nm is the displacement of the atom that moves most",
         },
-        "probe_law": settings.probe_law,
-        "probe_second_moment": PROBE_SECOND_MOMENTS[settings.probe_law],
+        "probe_law": job.law.name,
+        "probe_modes": job.law.n_modes,
+        "probe_translations": job.law.translations,
+        "probe_second_moment": job.law.describe(),
+        "force_calls": {
+            "force_map": len(rows),
+            "step_scan": 2 * SCAN_FRAMES * len(scan.steps_nm),
+            "map_comparison": 2 * len(few) * len(comparison),
+            "labels": n_frames * (1 + 2 * n_probes),
+        },
         "seed": settings.seed,
-        "platform": {"name": platform.name, "properties": platform.properties, "workers": oracle.n_workers},
+        "platform": {"name": platform.name, "properties": platform.properties, "workers": job.oracle.n_workers},
         "openmm_version": openmm.version.version,
         "made_from": made_from,
-        "system": system.provenance,
-        "frames": frames.provenance,
+        "system": job.system.provenance,
+        "frames": job.frames.provenance,
     }
     vector, matrix = (n_frames, n_beads, 3), (n_frames, n_probes, n_beads, 3)
 
@@ -189,56 +240,41 @@ def _create(
                 name, shape=shape, dtype="float32", chunks=(CHUNK_FRAMES, *shape[1:]), fill_value=float("nan")
             )
         group.create_array("force_map", data=force_map.weights, fill_value=float("nan"))
+        group.create_array("fold_force_maps", data=frame_maps.weights, fill_value=float("nan"))
+        group.create_array("fold", data=fold, fill_value=-1)
         group.create_array("frame", data=chosen, fill_value=-1)
-        group.create_array("walker", data=frames.walker[chosen], fill_value=-1)
+        group.create_array("walker", data=job.frames.walker[chosen], fill_value=-1)
         group.create_array("done", shape=(n_frames,), dtype="uint8", chunks=(CHUNK_FRAMES,), fill_value=0)
 
     return create_store(path, KIND, FORMAT_VERSION, attributes, add_arrays)
 
 
-def _build_force_map(
-    system: AtomisticSystem,
-    frames: Frames,
-    bead_map: BeadMap,
-    settings: LabelSettings,
-    chosen: NDArray[np.int64],
-    oracle: ForceOracle,
-) -> ForceMap:
-    sample = chosen[_choose_frames(len(chosen), FORCE_MAP_FRAMES)]
-    forces = oracle(frames.positions[sample].astype(np.float64), _take(frames.box, sample))
-    force_map = build_force_map(
-        settings.force_map,
-        bead_map.site_weights,
-        find_rigid_clusters(system.system),
-        find_active_atoms(system.system, system.topology, bead_map.site_weights),
-        forces,
-    )
-    logger.info(
-        "force map %s: rms projected force %.0f kJ/mol/nm (slice map: %.0f), from %d frames",
-        force_map.method,
-        force_map.diagnostics["rms_projected_force"],
-        force_map.diagnostics["rms_projected_force_slice"],
-        len(sample),
-    )
-    return force_map
+def _warn_if_noisy(method: str, comparison: dict[str, dict[str, float]], n_frames: int) -> None:
+    if n_frames == 1 and method in FITTED:
+        logger.warning("force map %s was fitted to one frame, whose label it makes too small; set harmonic", method)
+        return
+    quiet = min(comparison, key=lambda name: comparison[name]["forces"])
+    if comparison[method]["forces"] > WARN_NOISE_RATIO * comparison[quiet]["forces"]:
+        logger.warning(
+            "force map %s, from %d frames, makes noisier labels than %s: rms force %.0f against %.0f kJ/mol/nm;"
+            " set labels.force_map to %s",
+            method,
+            n_frames,
+            quiet,
+            comparison[method]["forces"],
+            comparison[quiet]["forces"],
+            quiet,
+        )
 
 
-def _choose_step(
-    frames: Frames,
-    bead_map: BeadMap,
-    settings: LabelSettings,
-    chosen: NDArray[np.int64],
-    force_map: ForceMap,
-    oracle: ForceOracle,
-) -> StepScan:
+def _choose_step(job: _Job, force_map: ForceMap) -> StepScan:
     """Scan steps on a few frames; a step given by the user is kept and its error estimated beside two neighbours."""
-    sample = chosen[_choose_frames(len(chosen), SCAN_FRAMES)]
-    probes = draw_probes(settings.probe_law, sample, 1, bead_map.n_beads, settings.seed)
-    arguments = (oracle, frames.positions[sample], probes, force_map.weights, _take(frames.box, sample))
-    if settings.step_nm == "auto":
+    part = job.take(_choose_frames(len(job.chosen), SCAN_FRAMES), 1)
+    arguments = (job.oracle, part.positions, part.probes, force_map.weights, part.box)
+    if job.settings.step_nm == "auto":
         scan = scan_step(*arguments)
     else:
-        step = float(settings.step_nm)
+        step = float(job.settings.step_nm)
         scan = scan_step(*arguments, steps_nm=(step * 10**0.5, step, step / 10**0.5))
     logger.info(
         "finite-difference step %.1e nm, estimated relative error of an HVP %.1e", scan.step_nm, scan.relative_error
@@ -246,42 +282,28 @@ def _choose_step(
     return scan
 
 
-def _fill(
-    group: Any,
-    path: PathLike,
-    frames: Frames,
-    bead_map: BeadMap,
-    settings: LabelSettings,
-    chosen: NDArray[np.int64],
-    oracle: ForceOracle,
-    progress: bool,
-) -> None:
+def _fill(job: _Job, group: Any, path: PathLike, progress: bool) -> None:
+    n_frames, n_probes = len(job.chosen), job.settings.probes_per_frame
     done = read_array(group, "done", path).astype(bool)
-    weights = read_array(group, "force_map", path)
+    maps = FrameMaps.read(group, path)
     step_nm = float(group.attrs["finite_difference"]["step_nm"])
-    starts = [s for s in range(0, len(chosen), CHUNK_FRAMES) if not done[s : s + CHUNK_FRAMES].all()]
+    starts = [s for s in range(0, n_frames, CHUNK_FRAMES) if not done[s : s + CHUNK_FRAMES].all()]
     if done.any() and starts:
         logger.info("%s: %d of %d frames are labelled already", path, int(done.sum()), len(done))
     began, calls = time.perf_counter(), 0
-    with track(f"label {Path(path).stem}", len(chosen), "frames", done=int(done.sum()), show=progress) as advance:
+    with track(f"label {Path(path).stem}", n_frames, "frames", done=int(done.sum()), show=progress) as advance:
         for start in starts:
-            rows = slice(start, min(start + CHUNK_FRAMES, len(chosen)))
-            index = chosen[rows]
-            positions, boxes = frames.positions[index], _take(frames.box, index)
-            probes = draw_probes(settings.probe_law, index, settings.probes_per_frame, bead_map.n_beads, settings.seed)
-            forces = np.matmul(weights, oracle(positions.astype(np.float64), boxes))
-            hvps = compute_projected_hvps(oracle, positions, probes, weights, step_nm, boxes)
-            calls += len(index) * (1 + 2 * settings.probes_per_frame)
+            rows = slice(start, min(start + CHUNK_FRAMES, n_frames))
+            part, own = job.take(rows, n_probes), maps.select(rows)
+            forces = own.project(job.oracle(part.positions.astype(np.float64), part.box))
+            hvps = own.compute_hvps(job.oracle, part.positions, part.probes, step_nm, part.box)
+            calls += len(part.beads) * (1 + 2 * n_probes)
             with explain_disk_errors(path):
-                group["positions"][rows] = bead_map.map_positions(positions).astype(np.float32)
+                group["positions"][rows] = part.beads
                 group["forces"][rows] = forces.astype(np.float32)
-                group["probes"][rows] = probes
+                group["probes"][rows] = part.probes
                 group["hvps"][rows] = hvps.astype(np.float32)
                 group["done"][rows] = 1
-            advance(len(index))
+            advance(len(part.beads))
     if calls:
         logger.info("%s: %.0f force calls/s", path, calls / (time.perf_counter() - began))
-
-
-def _take(box: NDArray[Any] | None, index: NDArray[np.int64]) -> NDArray[Any] | None:
-    return None if box is None else box[index]
