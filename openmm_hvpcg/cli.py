@@ -135,7 +135,7 @@ def _show_evaluation(study: Any, evaluation: dict[str, Any]) -> None:
 
 def _build_pmf_table(molecules: dict[str, dict[str, dict[str, Any]]]) -> Any:
     """Errors against the PMF reference, each arm's beside its priors'; None where nothing was evaluated."""
-    table = _start_table("Error against the PMF reference ± standard error (kJ/mol, nm)", "mean forces", "HVPs")
+    table = _start_table("Error against the PMF reference (kJ/mol, nm)", "mean forces", "HVPs")
     for name, arms in molecules.items():
         priors: list[tuple[str, str]] = []
         for arm, f in arms.items():

@@ -128,6 +128,16 @@ class MappingSettings(Settings):
         return value
 
 
+class AveragingSettings(Settings):
+    """Conditional averaging: labels that are means over samples of the hidden atoms, the beads of a frame held."""
+
+    n_samples: int = Field(20, ge=4, description="samples a frame")
+    stride: int = Field(5, ge=1, description="MD steps between samples")
+    hvp_every: int = Field(4, ge=1, description="HVPs at every so many samples")
+    timestep_fs: float = Field(2.0, gt=0, le=10)
+    friction_per_ps: float = Field(5.0, gt=0)
+
+
 class LabelSettings(Settings):
     """Projected forces and Hessian-vector products."""
 
@@ -142,6 +152,7 @@ class LabelSettings(Settings):
     probe_translations: Literal["keep", "remove"] = Field("keep", description="remove: probes of zero mean")
     step_nm: float | Literal["auto"] = Field("auto", description="largest atom displacement of a finite difference")
     max_frames: int | None = Field(None, ge=1, description="label at most this many frames, evenly spaced")
+    averaging: AveragingSettings | None = Field(None, description="conditional averaging; null: labels of the frames")
     platform: str = Field("auto", description="auto measures; or Reference, CPU, CUDA, OpenCL, HIP")
     precision: Precision = "auto"
     workers: int | Literal["auto"] = Field("auto", description="OpenMM Contexts working at once")
@@ -234,9 +245,27 @@ class TrainingSettings(Settings):
         ]
     )
     force_weight: float = Field(1.0, ge=0)
-    hvp_weight: float = Field(0.0, ge=0)
+    hvp_weight: float | Literal["balanced"] = Field(
+        0.0, description="balanced: each term weighs by what its own noise leaves of its information"
+    )
+    hvp_start: float = Field(0.0, ge=0, lt=1, description="share of the epochs with forces alone, before the HVPs")
+    covariance: Literal["auto", "frame", "pooled", "sample"] = Field(
+        "auto",
+        description="of the HVP target: frame, each frame's own; pooled, mixed with that of frames alike; sample, of"
+        " inner samples (conditional averaging); auto: sample where the labels have it, else pooled",
+    )
+    covariance_frames: float = Field(
+        700.0, gt=0, description="pooled: with so many training frames, a frame's own covariance counts half"
+    )
+    covariance_regions: int = Field(4, ge=1, description="pooled: regions of the soft coordinates")
+    whiten: Literal["none", "noise"] = Field(
+        "none", description="noise: residuals count by the noise of their direction"
+    )
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
+    schedule: Literal["plateau", "cosine"] = Field(
+        "plateau", description="of the learning rate: halved when validation stalls, or a cosine to the last epoch"
+    )
     weight_decay: float = Field(0.0, ge=0)
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     max_epochs: int = Field(200, ge=1)
@@ -245,6 +274,13 @@ class TrainingSettings(Settings):
     validation_blocks: int = Field(5, ge=1, description="time blocks that make up the validation set")
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(3, ge=0, le=2**31 - 1)
+
+    @field_validator("hvp_weight")
+    @classmethod
+    def _not_negative(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and value < 0:
+            raise ValueError(f"expected balanced, or a number of at least 0, got {value}")
+        return value
 
     @model_validator(mode="after")
     def _unique_arms(self) -> TrainingSettings:
@@ -395,18 +431,20 @@ def describe_defaults() -> str:
     for name, field in Protocol.model_fields.items():
         if name in ("temperature_K", "molecules"):
             continue
-        # A section that is off unless it is given has None among its types, and is shown as a comment.
-        section = _find_section(field.annotation)
-        off = field.default is None
-        lines.append(f"{name}: null   # off; on with any of these keys, or {{}}" if off else f"{name}:")
-        lines += [f"{'#' if off else ' '} {key}: {_show(sub)}" for key, sub in section.model_fields.items()]
+        lines += _describe_section(name, field)
     return "\n".join(lines) + "\n"
 
 
-def _find_section(annotation: Any) -> type[BaseModel]:
-    """The model of a field that holds one, alone or beside None."""
-    candidates = (annotation, *getattr(annotation, "__args__", ()))
-    return next(a for a in candidates if isinstance(a, type) and issubclass(a, BaseModel))
+def _describe_section(name: str, field: Any) -> list[str]:
+    """A key and the keys below it; one that is off unless it is given has them as comments."""
+    candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
+    section = next((a for a in candidates if isinstance(a, type) and issubclass(a, BaseModel)), None)
+    if section is None:
+        return [f"{name}: {_show(field)}"]
+    off = field.default is None
+    head = f"{name}: null   # {field.description or 'off'}; on with any of these keys, or {{}}" if off else f"{name}:"
+    below = [line for key, sub in section.model_fields.items() for line in _describe_section(key, sub)]
+    return [head, *(f"{'#' if off else ' '} {line}" for line in below)]
 
 
 def _show(field: Any) -> str:

@@ -40,6 +40,7 @@ BEFORE = {
     "sampling.flexible_beads": False,
     "labels.probe_modes": None,
     "labels.probe_translations": "keep",
+    "labels.averaging": None,
 }
 
 

@@ -107,6 +107,8 @@ def _label(study: Study) -> None:
         frames = _load_frames(study, molecule.name)
         system = _build_system(study, molecule.name)
         _check_same_system(study, system, frames)
+        if study.protocol.labels.averaging is not None:
+            warn_of_fast_bonds(system, study.protocol.labels.averaging.timestep_fs)
         label_frames(
             system,
             frames,
@@ -284,7 +286,9 @@ def _check_inputs(study: Study) -> None:
             continue
         system = _build_system(study, molecule.name)
         bead_map = _make_map(study, molecule.name, system.topology)
-        if study.protocol.reference is not None and molecule in study.judged:
+        if (study.protocol.reference is not None and molecule in study.judged) or (
+            study.protocol.labels.averaging is not None and molecule in study.trained
+        ):
             find_held_atoms(system, bead_map)
         if molecule not in study.trained:
             continue

@@ -17,7 +17,9 @@ from torch.utils.data import Dataset, Sampler
 class MoleculeTensors:
     """Training tensors of one molecule, the priors' part already taken out of the labels.
 
-    ``positions``, ``forces`` (T, B, 3); ``probes``, ``hvps`` (T, P, B, 3); ``species`` (B,).
+    ``positions``, ``forces`` (T, B, 3); ``probes``, ``hvps``, ``covariances`` (T, P, B, 3), the last the covariance of
+    forces times the probes, what of it is not taken from the residual of the day; ``own_share``, what is; ``species``
+    (B,); ``whitening`` (T, 3B, 3B) or None.
     """
 
     positions: Tensor
@@ -25,16 +27,22 @@ class MoleculeTensors:
     probes: Tensor
     hvps: Tensor
     species: Tensor
+    covariances: Tensor
+    own_share: float = 1.0
+    whitening: Tensor | None = None
 
 
 class Batch(NamedTuple):
-    """Frames of one molecule: positions, forces (F, B, 3); probes, hvps (F, P, B, 3); species (B,)."""
+    """Frames of one molecule; see :class:`MoleculeTensors`."""
 
     positions: Tensor
     forces: Tensor
     probes: Tensor
     hvps: Tensor
     species: Tensor
+    covariances: Tensor
+    own_share: float
+    whitening: Tensor | None
 
 
 #: Molecule, its frames, and the probes of each that take part.
@@ -57,6 +65,9 @@ class FrameBatches(Dataset[Batch]):
             source.probes[rows[:, None], columns],
             source.hvps[rows[:, None], columns],
             source.species,
+            source.covariances[rows[:, None], columns],
+            source.own_share,
+            None if source.whitening is None else source.whitening[rows],
         )
 
 

@@ -7,7 +7,7 @@ day.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class LabelledFrames:
     temperature_K : float
     attributes : the file's provenance
     name : the molecule
+    covariances : (T, P, B, 3) float32 (kJ/mol/nm)^2, covariance of the projected forces at held beads times each probe,
+        where labels are conditional averages; else None
     """
 
     positions: NDArray[np.float32]
@@ -49,15 +51,17 @@ class LabelledFrames:
     temperature_K: float
     attributes: dict[str, Any]
     name: str = ""
+    covariances: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         n_frames, n_beads = len(self.positions), self.bead_map.n_beads
         for name in ("positions", "forces"):
             _check_shape(name, getattr(self, name), (n_frames, n_beads, 3), self.name)
         n_probes = self.probes.shape[1] if self.probes.ndim == 4 else -1
-        for name in ("probes", "hvps"):
+        averaged = () if self.covariances is None else ("covariances",)
+        for name in ("probes", "hvps", *averaged):
             _check_shape(name, getattr(self, name), (n_frames, n_probes, n_beads, 3), self.name)
-        for name in ("positions", "forces", "probes", "hvps"):
+        for name in ("positions", "forces", "probes", "hvps", *averaged):
             bad = find_not_finite(getattr(self, name))
             if bad is not None:
                 raise DataError(
@@ -79,7 +83,14 @@ class LabelledFrames:
     @property
     def hash(self) -> str:
         """Identifies the labels by their values and their map."""
-        return compute_hash(self.positions, self.forces, self.probes, self.hvps, self.bead_map.hash)
+        averaged = () if self.covariances is None else (self.covariances,)
+        return compute_hash(self.positions, self.forces, self.probes, self.hvps, self.bead_map.hash, *averaged)
+
+    def select(self, frames: NDArray[np.int64] | slice) -> LabelledFrames:
+        """Some of the frames, in the order given."""
+        per_frame = ["positions", "forces", "probes", "hvps", "walker"]
+        per_frame += [] if self.covariances is None else ["covariances"]
+        return replace(self, **{name: getattr(self, name)[frames] for name in per_frame})
 
 
 def load_dataset(path: PathLike, bead_map: BeadMap | None = None) -> LabelledFrames:
@@ -122,6 +133,8 @@ def load_dataset(path: PathLike, bead_map: BeadMap | None = None) -> LabelledFra
             hint="label again, or use the mapping of the dataset",
         )
     arrays = {name: read_array(group, name, path) for name in ("positions", "forces", "probes", "hvps", "walker")}
+    if "covariances" in group:
+        arrays["covariances"] = read_array(group, "covariances", path)
     return LabelledFrames(
         **arrays, bead_map=found, temperature_K=temperature, attributes=attributes, name=Path(path).stem
     )

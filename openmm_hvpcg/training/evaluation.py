@@ -13,8 +13,9 @@ from torch import Tensor
 
 from openmm_hvpcg.training.batches import MoleculeTensors
 from openmm_hvpcg.training.dataset import LabelledFrames
-from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
-from openmm_hvpcg.training.losses import compute_hvp_target
+from openmm_hvpcg.training.derivatives import EnergyFunction, compute_forces_and_hvps
+from openmm_hvpcg.training.labels.probes import ProbeLaw
+from openmm_hvpcg.training.losses import compute_hvp_target, whiten
 from openmm_hvpcg.training.noise import LabelNoise, estimate_noise
 from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared
 
@@ -32,6 +33,31 @@ def evaluate_network(
         for tensors, frames, dataset in zip(prepared.molecules, prepared.validation, datasets, strict=True)
     }
     return {**_describe(list(found.values())), "molecules": {name: _describe([f]) for name, f in found.items()}}
+
+
+def choose_network_share(network: torch.nn.Module, prepared: Prepared, force_weight: float, hvp_weight: float) -> float:
+    """Share of the network's energy, 0 to 1, with the least loss on the validation frames.
+
+    The loss is a parabola in the share (with the HVP targets held at those of the whole network), so that a potential
+    scaled by it is never worse than the priors alone on the frames that are held out.
+    """
+    along, square = 0.0, 0.0
+    for m, frames in zip(prepared.molecules, prepared.validation, strict=True):
+        for part in np.array_split(frames, -(-len(frames) // CHUNK_FRAMES)):
+            rows = torch.from_numpy(part)
+            white = None if m.whitening is None else m.whitening[rows]
+            f, h = compute_forces_and_hvps(_bind(network, m.species), m.positions[rows], m.probes[rows])
+            terms = [(f, m.forces[rows], force_weight / prepared.scales.force)]
+            if hvp_weight > 0:
+                target = compute_hvp_target(
+                    m.hvps[rows], m.forces[rows] - f, m.probes[rows], prepared.beta, m.covariances[rows], m.own_share
+                )
+                terms.append((h, target, hvp_weight / prepared.scales.hvp / m.probes.shape[1]))
+            for found, aim, weight in terms:
+                found, aim = whiten(found, white).double(), whiten(aim, white).double()
+                along += weight * float((found * aim).sum())
+                square += weight * float((found**2).sum())
+    return float(np.clip(along / square, 0.0, 1.0)) if square > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -52,13 +78,21 @@ def _judge(
     beta: float,
 ) -> _Figures:
     residual, excess = _compute_residuals(network, tensors, beta)
-    prior = compute_hvp_target(tensors.hvps, tensors.forces, tensors.probes, beta)
+    own = get_own_covariance(tensors)
+    prior = compute_hvp_target(tensors.hvps, tensors.forces, tensors.probes, beta, *own)
     rows = torch.from_numpy(validation)
     held_out = [values[rows].double() for values in (residual, tensors.forces, excess, prior)]
     return _Figures(
         np.array([float((values**2).sum()) for values in held_out]),
         np.array([float(values.numel()) for values in held_out]),
-        estimate_noise(dataset.positions, dataset.walker, residual.numpy(), dataset.probes, excess.numpy()),
+        estimate_noise(
+            dataset.positions,
+            dataset.walker,
+            residual.numpy(),
+            dataset.probes,
+            excess.numpy(),
+            ProbeLaw.from_attributes(dataset.attributes),
+        ),
         len(dataset.positions),
     )
 
@@ -77,20 +111,33 @@ def _describe(figures: list[_Figures]) -> dict[str, Any]:
     }
 
 
-def _average(values: list[float], weights: list[int]) -> float | None:
-    """Root of the weighted mean square, None of nothing."""
-    return float(np.sqrt(np.average(np.square(values), weights=weights))) if values else None
+def _bind(network: torch.nn.Module, species: Tensor) -> EnergyFunction:
+    return lambda x: network(x, species)
+
+
+def _average(values: Sequence[float | None], weights: Sequence[int]) -> float | None:
+    """Root of the weighted mean square of what is known, None of nothing."""
+    known = [(value, weight) for value, weight in zip(values, weights, strict=True) if value is not None]
+    if not known:
+        return None
+    return float(np.sqrt(np.average(np.square([v for v, _ in known]), weights=[w for _, w in known])))
+
+
+def get_own_covariance(tensors: MoleculeTensors) -> tuple[Tensor | None, float]:
+    """Arguments of :func:`compute_hvp_target` that leave nothing pooled in it: errors are judged without that bias."""
+    return (tensors.covariances, 0.0) if tensors.own_share == 0.0 else (None, 1.0)
 
 
 def _compute_residuals(network: torch.nn.Module, tensors: MoleculeTensors, beta: float) -> tuple[Tensor, Tensor]:
     """Force residuals (T, B, 3) and HVP residuals ``t(v) - H v`` (T, P, B, 3) of all frames."""
+    own = get_own_covariance(tensors)
     forces, hvps = [], []
     for start in range(0, len(tensors.positions), CHUNK_FRAMES):
         rows = slice(start, start + CHUNK_FRAMES)
-        f, h = compute_forces_and_hvps(
-            lambda x: network(x, tensors.species), tensors.positions[rows], tensors.probes[rows]
-        )
+        f, h = compute_forces_and_hvps(_bind(network, tensors.species), tensors.positions[rows], tensors.probes[rows])
         d = tensors.forces[rows] - f
         forces.append(d)
-        hvps.append(compute_hvp_target(tensors.hvps[rows], d, tensors.probes[rows], beta) - h)
+        covariances, share = own
+        part = None if covariances is None else covariances[rows]
+        hvps.append(compute_hvp_target(tensors.hvps[rows], d, tensors.probes[rows], beta, part, share) - h)
     return torch.cat(forces), torch.cat(hvps)

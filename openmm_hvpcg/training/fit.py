@@ -5,8 +5,10 @@ The labels come without the priors' part (see :mod:`openmm_hvpcg.training.prepar
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -29,11 +31,17 @@ from openmm_hvpcg.progress import track
 from openmm_hvpcg.storage import describe_changes, explain_disk_errors, write_json
 from openmm_hvpcg.training.batches import Batch, BatchSampler, FrameBatches
 from openmm_hvpcg.training.dataset import LabelledFrames
-from openmm_hvpcg.training.derivatives import compute_forces, compute_forces_and_hvps
-from openmm_hvpcg.training.evaluation import evaluate_network
+from openmm_hvpcg.training.derivatives import (
+    EnergyFunction,
+    HVPMethod,
+    choose_hvp_method,
+    compute_forces,
+    compute_forces_and_hvps,
+)
+from openmm_hvpcg.training.evaluation import choose_network_share, evaluate_network
 from openmm_hvpcg.training.losses import LossScales, force_loss, hvp_loss
-from openmm_hvpcg.training.models.schnet import build_network
-from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared, prepare
+from openmm_hvpcg.training.models.schnet import build_network, scale_energy
+from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared, apply_pooled, prepare
 from openmm_hvpcg.units import compute_kt
 
 logger = logging.getLogger(__name__)
@@ -41,6 +49,11 @@ logger = logging.getLogger(__name__)
 RESULT_NAME = "training.json"
 #: Pairs of beads in a batch that give a second thread enough to do.
 TRAINING_PAIRS = 8000
+#: Times a training pools the covariances of the HVP target anew.
+POOLINGS = 10
+#: Cosine schedule: steps to reach the full learning rate, and the share of it that is left at the end.
+WARMUP_STEPS = 50
+FINAL_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,8 @@ class FitResult:
     ``metrics`` keys: ``force_rmse_validation``, ``force_rmse_priors``, ``force_noise`` (kJ/mol/nm);
     ``hvp_rmse_validation``, ``hvp_rmse_priors``, ``hvp_noise`` (kJ/mol/nm^2); all root mean squares per component;
     ``n_frames``, ``n_validation_frames``, ``epochs``, ``best_epoch``, ``wall_time_s``, ``force_weight``,
-    ``hvp_weight``; ``molecules``, the errors and noise of each.
+    ``hvp_weight``; ``network_share``, what of the network's energy was kept (1: all, 0: the priors alone were
+    as good on the held-out blocks); ``molecules``, the errors and noise of each.
     """
 
     network: torch.nn.Module
@@ -110,6 +124,8 @@ def fit_potential(
             recorder, checkpoint, trainer = _train(prepared, training, model, folder, progress)
     best = Path(checkpoint.best_model_path)
     network = _load_network(best, prepared.spec, model)
+    share = choose_network_share(network, prepared, training.force_weight, get_hvp_weight(training, prepared))
+    scale_energy(network, share)
     metrics = evaluate_network(network, prepared, datasets)
     metrics |= {
         "n_frames": int(sum(len(t) for t in prepared.training)),
@@ -118,13 +134,23 @@ def fit_potential(
         "best_epoch": int(torch.load(best, weights_only=True)["epoch"]),
         "wall_time_s": recorder.seconds_before + time.perf_counter() - began,
         "force_weight": training.force_weight,
-        "hvp_weight": training.hvp_weight,
+        "hvp_weight": get_hvp_weight(training, prepared),
+        "network_share": share,
     }
-    priors_alone, *epochs = (row["val_loss"] for row in recorder.curves)
-    if priors_alone < min(epochs):
-        logger.warning("%s: no epoch was better than the priors alone; more frames or a smaller network may help", arm)
+    if share == 0.0:
+        logger.warning(
+            "%s: on the held-out blocks no share of the network is better than the priors alone, so the potential is"
+            " the priors; more frames, or a smaller network, may help",
+            arm,
+        )
     spec = replace(prepared.spec, metrics=metrics)
-    content = {"spec": json.loads(spec.to_json()), "best": best.name, "curves": recorder.curves, "metrics": metrics}
+    content = {
+        "spec": json.loads(spec.to_json()),
+        "best": best.name,
+        "network_share": share,
+        "curves": recorder.curves,
+        "metrics": metrics,
+    }
     write_json(folder / RESULT_NAME, content)
     return FitResult(network, spec, metrics, recorder.curves)
 
@@ -145,6 +171,7 @@ def load_fit(folder: str | Path) -> FitResult:
         spec = PotentialSpec.from_json(json.dumps(content["spec"]), where=path)
         model = ModelSettings.model_validate(spec.model)
         network = _load_network(Path(folder) / "checkpoints" / content["best"], spec, model)
+        scale_energy(network, content.get("network_share", 1.0))
         return FitResult(network, spec, content["metrics"], content["curves"])
     except (KeyError, ValueError, OSError, RuntimeError, PotentialError) as error:
         raise DataError(
@@ -152,15 +179,25 @@ def load_fit(folder: str | Path) -> FitResult:
         ) from error
 
 
+def get_hvp_weight(settings: TrainingSettings, prepared: Prepared) -> float:
+    """The weight of the HVP term as a number."""
+    if settings.hvp_weight == "balanced":
+        return prepared.scales.balance(prepared.beta) * settings.force_weight
+    return float(settings.hvp_weight)
+
+
 class MatchingModule(lightning.LightningModule):
     """Force and HVP matching of a network against labels without the priors' part."""
 
-    def __init__(self, network: torch.nn.Module, settings: TrainingSettings, scales: LossScales, beta: float) -> None:
+    def __init__(self, network: torch.nn.Module, settings: TrainingSettings, prepared: Prepared) -> None:
         super().__init__()
         self.network = network
         self.settings = settings
-        self.scales = scales
-        self.beta = beta
+        self.prepared = prepared
+        self.scales, self.beta = prepared.scales, prepared.beta
+        self.hvp_weight = get_hvp_weight(settings, prepared)
+        self._pools = any(pooled is not None for pooled in prepared.pooled)
+        self._method: HVPMethod | None = None
         self._schedule_state: dict[str, Any] | None = None
 
     def compute_losses(self, batch: Batch, with_hvps: bool, create_graph: bool) -> tuple[Tensor, Tensor | None]:
@@ -170,20 +207,60 @@ class MatchingModule(lightning.LightningModule):
             return self.network(x, batch.species)
 
         if not with_hvps:
-            return force_loss(compute_forces(energy, batch.positions, create_graph), batch.forces, self.scales), None
-        forces, hvps = compute_forces_and_hvps(energy, batch.positions, batch.probes, create_graph)
+            forces = compute_forces(energy, batch.positions, create_graph)
+            return force_loss(forces, batch.forces, self.scales, batch.whitening), None
+        method = self._choose_method(energy, batch)
+        forces, hvps = compute_forces_and_hvps(energy, batch.positions, batch.probes, create_graph, method)
         residual = batch.forces - forces
         return (
-            force_loss(forces, batch.forces, self.scales),
-            hvp_loss(hvps, batch.hvps, residual, batch.probes, self.beta, self.scales),
+            force_loss(forces, batch.forces, self.scales, batch.whitening),
+            hvp_loss(
+                hvps,
+                batch.hvps,
+                residual,
+                batch.probes,
+                self.beta,
+                self.scales,
+                batch.covariances,
+                batch.own_share,
+                batch.whitening,
+            ),
         )
+
+    def _choose_method(self, energy: EnergyFunction, batch: Batch) -> HVPMethod:
+        """Measured once on a GPU and kept in the checkpoint; on a CPU double backward always won."""
+        if self._method is None:
+            on_cpu = batch.positions.device.type == "cpu"
+            self._method = "reverse" if on_cpu else choose_hvp_method(energy, batch.positions, batch.probes)
+        return self._method
 
     def combine(self, force: Tensor, hvp: Tensor | None) -> Tensor:
         loss = self.settings.force_weight * force
-        return loss if hvp is None else loss + self.settings.hvp_weight * hvp
+        return loss if hvp is None else loss + self.hvp_weight * hvp
+
+    @property
+    def first_hvp_epoch(self) -> int:
+        return int(self.settings.hvp_start * self.settings.max_epochs)
+
+    def on_train_epoch_start(self) -> None:
+        """Pool the covariances anew a few times, from the residuals of the model of the day."""
+        since = self.current_epoch - self.first_hvp_epoch
+        every = max(1, self.settings.max_epochs // POOLINGS)
+        if self.hvp_weight > 0 and self._pools and since >= 0 and since % every == 0:
+            self.prepared.pool_covariances(self._compute_residuals())
+
+    def _compute_residuals(self) -> list[Tensor]:
+        """Force residuals of every frame of every molecule."""
+        found = []
+        for m in self.prepared.molecules:
+            energy = functools.partial(self.network, species=m.species.to(self.device))
+            chunks = [compute_forces(energy, part.to(self.device)).cpu() for part in m.positions.split(CHUNK_FRAMES)]
+            found.append(m.forces - torch.cat(chunks))
+        return found
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        loss = self.combine(*self.compute_losses(batch, self.settings.hvp_weight > 0, create_graph=True))
+        with_hvps = self.hvp_weight > 0 and self.current_epoch >= self.first_hvp_epoch
+        loss = self.combine(*self.compute_losses(batch, with_hvps, create_graph=True))
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.positions))
         return loss
 
@@ -201,30 +278,52 @@ class MatchingModule(lightning.LightningModule):
         self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=0.5, patience=max(1, self.settings.patience // 4)
         )
+        self._optimizer = optimizer
         if self._schedule_state is not None:
             self.schedule.load_state_dict(self._schedule_state)
         return optimizer
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.settings.schedule == "cosine":
+            rate = self.settings.learning_rate * self._compute_cosine()
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+
+    def _compute_cosine(self) -> float:
+        """Share of the learning rate at this step: up over the first ones, then a half cosine to the last."""
+        step, last = self.global_step, self.settings.max_epochs * self.trainer.num_training_batches
+        return min(1.0, (step + 1) / WARMUP_STEPS) * max(0.5 * (1.0 + math.cos(math.pi * step / last)), FINAL_RATE)
+
     # Lightning would step the schedule after the epoch's checkpoint, and a resumed run would miss that step.
     def on_train_epoch_end(self) -> None:
-        self.schedule.step(float(self.trainer.callback_metrics["val_loss"]))
+        if self.settings.schedule == "plateau":
+            self.schedule.step(float(self.trainer.callback_metrics["val_loss"]))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["schedule"] = self.schedule.state_dict()
+        checkpoint["hvp_method"] = self._method
+        checkpoint["regions"] = [None if p is None else p.regions for p in self.prepared.pooled]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._schedule_state = checkpoint["schedule"]
+        self._method = checkpoint.get("hvp_method")
+        for pooled, regions, molecule in zip(
+            self.prepared.pooled, checkpoint.get("regions", []), self.prepared.molecules, strict=False
+        ):
+            if pooled is not None and regions is not None:
+                pooled.regions = regions.cpu()
+                apply_pooled(pooled, molecule)
 
 
 class _Recorder(Callback):
     """Learning curves in physical units, kept in the checkpoint; a progress bar; the time spent."""
 
-    def __init__(self, scales: LossScales, prior_validation: tuple[float, float], settings: TrainingSettings) -> None:
+    def __init__(
+        self, scales: LossScales, prior_validation: tuple[float, float], force_weight: float, hvp_weight: float
+    ) -> None:
         self.scales = scales
         force, hvp = prior_validation
-        self.curves: list[dict[str, float]] = [
-            self._row(0, None, force, hvp, settings.force_weight * force + settings.hvp_weight * hvp)
-        ]
+        self.curves: list[dict[str, float]] = [self._row(0, None, force, hvp, force_weight * force + hvp_weight * hvp)]
         self.seconds_before = 0.0
         self.advance: Any = lambda n: None
 
@@ -287,7 +386,7 @@ def _train(
         raise BackendError("training on cuda was asked for, and torch sees no GPU", hint="use accelerator: auto")
     torch.manual_seed(settings.seed)
     network = _new_network(prepared.spec, model)
-    module = MatchingModule(network, settings, prepared.scales, prepared.beta)
+    module = MatchingModule(network, settings, prepared)
     n_probes = [m.probes.shape[1] for m in prepared.molecules]
     batches = FrameBatches(prepared.molecules)
     loaders = [
@@ -306,7 +405,7 @@ def _train(
     checkpoint = ModelCheckpoint(
         checkpoints, "best-{epoch}", monitor="val_loss", save_last=True, save_on_train_epoch_end=True
     )
-    recorder = _Recorder(prepared.scales, prepared.prior_validation, settings)
+    recorder = _Recorder(prepared.scales, prepared.prior_validation, settings.force_weight, module.hvp_weight)
     last = checkpoints / "last.ckpt"
     resume, done = None, 0
     if last.exists():

@@ -1,6 +1,7 @@
 """Force and Hessian matching as pure functions (theory note, "Labels, correction, loss").
 
-Shapes: forces and residuals (F, B, 3); probes and HVPs (F, P, B, 3). Any matching pair of units.
+Shapes: forces and residuals (F, B, 3); probes, HVPs and covariances times probes (F, P, B, 3); whitening (F, 3B, 3B).
+Any matching set of units.
 """
 
 from __future__ import annotations
@@ -11,20 +12,35 @@ import torch
 from torch import Tensor
 
 
-def compute_correction(residual: Tensor, probes: Tensor, beta: float) -> Tensor:
-    """Centred covariance correction ``c(v) = beta d (d . v)``, (F, P, B, 3).
+def compute_correction(
+    residual: Tensor, probes: Tensor, beta: float, covariances: Tensor | None = None, own_share: float = 1.0
+) -> Tensor:
+    """Covariance correction ``c(v) = beta C v``, (F, P, B, 3).
+
+    ``C`` is ``d d^T`` of the frame's own residual (centred, theory note), or where ``own_share`` is below 1, that share
+    of it and the rest of ``covariances``, an estimate of ``C v`` from elsewhere.
 
     ``d`` is the projected force minus the model's force, detached here: with its gradient the loss would reward a force
     error.
     """
+    if covariances is not None and own_share == 0.0:
+        return beta * covariances
     d = residual.detach()
     along = torch.einsum("fbx,fpbx->fp", d, probes)
-    return beta * along[:, :, None, None] * d[:, None]
+    own = beta * along[:, :, None, None] * d[:, None]
+    return own if covariances is None else own_share * own + (1.0 - own_share) * beta * covariances
 
 
-def compute_hvp_target(hvps: Tensor, residual: Tensor, probes: Tensor, beta: float) -> Tensor:
+def compute_hvp_target(
+    hvps: Tensor,
+    residual: Tensor,
+    probes: Tensor,
+    beta: float,
+    covariances: Tensor | None = None,
+    own_share: float = 1.0,
+) -> Tensor:
     """HVP target ``t(v) = p(v) - c(v)``: its mean is the CG Hessian times v up to second order in the force error."""
-    return hvps - compute_correction(residual, probes, beta)
+    return hvps - compute_correction(residual, probes, beta, covariances, own_share)
 
 
 @dataclass(frozen=True)
@@ -37,14 +53,45 @@ class LossScales:
     force: float
     hvp: float
 
+    def balance(self, beta: float) -> float:
+        """Weight of the HVP term at which both normalised terms count by the information they hold.
 
-def force_loss(forces: Tensor, projected_forces: Tensor, scales: LossScales) -> Tensor:
+        With force noise of variance ``s`` a component, ``beta d d^T`` has noise of variance ``(beta s)^2`` an element,
+        twice that on the diagonal, and each element of the symmetric Hessian is seen twice: a Gaussian likelihood of
+        both is ``|F - q|^2 / s + |A v|^2 / (2 (beta s)^2)``. ``s`` is taken from what the priors leave of the forces.
+        """
+        return self.hvp / (2.0 * beta**2 * self.force**2)
+
+
+def whiten(residual: Tensor, whitening: Tensor | None) -> Tensor:
+    """Residuals (F, ..., B, 3) times the whitening matrix of each frame."""
+    if whitening is None:
+        return residual
+    flat = residual.flatten(-2)
+    return (flat.unsqueeze(-2) @ whitening.reshape(len(flat), *[1] * (flat.dim() - 2), *whitening.shape[1:])).squeeze(
+        -2
+    )
+
+
+def force_loss(forces: Tensor, projected_forces: Tensor, scales: LossScales, whitening: Tensor | None = None) -> Tensor:
     """Mean square of the force residual over that of the priors."""
-    return ((forces - projected_forces) ** 2).mean() / scales.force
+    return (whiten(forces - projected_forces, whitening) ** 2).mean() / scales.force
 
 
 def hvp_loss(
-    model_hvps: Tensor, hvps: Tensor, residual: Tensor, probes: Tensor, beta: float, scales: LossScales
+    model_hvps: Tensor,
+    hvps: Tensor,
+    residual: Tensor,
+    probes: Tensor,
+    beta: float,
+    scales: LossScales,
+    covariances: Tensor | None = None,
+    own_share: float = 1.0,
+    whitening: Tensor | None = None,
 ) -> Tensor:
-    """Mean square of ``(grad grad U) v - t(v)`` over that of the priors: unbiased for the Frobenius-norm objective."""
-    return ((model_hvps - compute_hvp_target(hvps, residual, probes, beta)) ** 2).mean() / scales.hvp
+    """Mean square of ``(grad grad U) v - t(v)`` over that of the priors: unbiased for the Frobenius-norm objective.
+
+    With ``whitening`` it is a weighted norm: directions count by their noise.
+    """
+    target = compute_hvp_target(hvps, residual, probes, beta, covariances, own_share)
+    return (whiten(model_hvps - target, whitening) ** 2).mean() / scales.hvp

@@ -7,6 +7,7 @@ energy, and a step costs the network alone.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from openmm_hvpcg._version import __version__
 from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
@@ -21,12 +23,15 @@ from openmm_hvpcg.errors import DataError
 from openmm_hvpcg.potential import PotentialSpec
 from openmm_hvpcg.prior_terms import PriorParameters
 from openmm_hvpcg.training.batches import MoleculeTensors
+from openmm_hvpcg.training.covariance import PooledCovariance
 from openmm_hvpcg.training.dataset import LabelledFrames, split_by_time_blocks
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.fit_priors import fit_priors
-from openmm_hvpcg.training.losses import LossScales, compute_hvp_target
+from openmm_hvpcg.training.losses import LossScales, compute_hvp_target, whiten
 from openmm_hvpcg.training.models.total import TotalEnergy
 from openmm_hvpcg.units import compute_kt
+
+logger = logging.getLogger(__name__)
 
 #: Frames differentiated at once.
 CHUNK_FRAMES = 256
@@ -44,6 +49,7 @@ class Prepared:
     prior_validation : force and HVP loss of the priors alone on the validation frames, normalised
     spec : priors, species, provenance
     beta : 1/kT, mol/kJ
+    pooled : for each molecule its pooled covariance, fitted to what the priors leave; None where none is used
     """
 
     molecules: list[MoleculeTensors]
@@ -53,6 +59,17 @@ class Prepared:
     prior_validation: tuple[float, float]
     spec: PotentialSpec
     beta: float
+    pooled: list[PooledCovariance | None]
+
+    def pool_covariances(self, residuals: Sequence[Tensor]) -> None:
+        """Fit the pooled covariances anew, to the force residuals (T, B, 3) of the model of the day."""
+        for molecule, frames, pooled, residual in zip(
+            self.molecules, self.training, self.pooled, residuals, strict=True
+        ):
+            if pooled is not None:
+                rows = torch.from_numpy(frames)
+                pooled.fit(molecule.positions[rows], residual[rows])
+                apply_pooled(pooled, molecule)
 
 
 def prepare(
@@ -77,6 +94,11 @@ def prepare(
     )
     spec = _build_spec(datasets, parameters, model, temperature, made_from)
     molecules = [_remove_priors(d, spec) for d in datasets]
+    pooled: list[PooledCovariance | None] = []
+    for k, (dataset, (frames, _)) in enumerate(zip(datasets, splits, strict=True)):
+        found = _choose_covariance(dataset, molecules[k], frames, training)
+        molecules[k] = found[0]
+        pooled.append(found[1])
     beta = 1.0 / compute_kt(temperature)
     scales = LossScales(*_mean_squares(molecules, [s[0] for s in splits], beta))
     if not (scales.force > 0 and scales.hvp > 0):
@@ -90,7 +112,50 @@ def prepare(
         (prior_force / scales.force, prior_hvp / scales.hvp),
         spec,
         beta,
+        pooled,
     )
+
+
+def apply_pooled(pooled: PooledCovariance, molecule: MoleculeTensors) -> None:
+    """Put the covariance times the probes of every frame into the molecule's tensors."""
+    for start in range(0, len(molecule.positions), CHUNK_FRAMES):
+        rows = slice(start, start + CHUNK_FRAMES)
+        molecule.covariances[rows] = pooled.apply(molecule.positions[rows], molecule.probes[rows])
+
+
+def _choose_covariance(
+    dataset: LabelledFrames, molecule: MoleculeTensors, frames: NDArray[np.int64], settings: TrainingSettings
+) -> tuple[MoleculeTensors, PooledCovariance | None]:
+    """The molecule with what its HVP target takes for the covariance, and the pooled covariance where one is used."""
+    kind = settings.covariance
+    if kind == "auto":
+        kind = "pooled" if dataset.covariances is None else "sample"
+    if kind == "sample":
+        if dataset.covariances is None:
+            raise DataError(
+                "covariance: sample needs labels by conditional averaging",
+                where=dataset.name,
+                hint="set labels.averaging and label again, or covariance: pooled",
+            )
+        molecule = replace(molecule, covariances=torch.from_numpy(dataset.covariances), own_share=0.0)
+    if kind != "pooled" and settings.whiten == "none":
+        return molecule, None
+    rows = torch.from_numpy(frames)
+    try:
+        pooled = PooledCovariance(molecule.positions[rows], settings.covariance_regions, settings.seed)
+    except ValueError:
+        if settings.covariance == "pooled" or settings.whiten != "none":
+            logger.warning("%s: beads on a line have no local axes: each frame's own covariance is used", dataset.name)
+        return molecule, None
+    pooled.fit(molecule.positions[rows], molecule.forces[rows])
+    if settings.whiten == "noise":
+        molecule = replace(molecule, whitening=pooled.whiten(molecule.positions))
+    if kind != "pooled":
+        return molecule, None
+    share = len(frames) / (len(frames) + settings.covariance_frames)
+    molecule = replace(molecule, own_share=share, covariances=torch.empty_like(molecule.hvps))
+    apply_pooled(pooled, molecule)
+    return molecule, pooled
 
 
 def _build_spec(
@@ -136,9 +201,10 @@ def _remove_priors(dataset: LabelledFrames, spec: PotentialSpec) -> MoleculeTens
         f, h = compute_forces_and_hvps(total.prior_energies, positions[rows].double(), probes[rows].double())
         forces[rows] = (forces[rows].double() - f).float()
         hvps[rows] = (hvps[rows].double() - h).float()
-    return MoleculeTensors(
-        positions, forces, probes, hvps, torch.from_numpy(spec.compute_species_index(dataset.bead_map))
-    )
+    species = torch.from_numpy(spec.compute_species_index(dataset.bead_map))
+    # Without strides: no memory until a covariance from elsewhere takes its place.
+    nothing = torch.zeros(1).expand(hvps.shape)
+    return MoleculeTensors(positions, forces, probes, hvps, species, nothing)
 
 
 def _mean_squares(
@@ -149,7 +215,8 @@ def _mean_squares(
     for m, index in zip(molecules, frames, strict=True):
         rows = torch.from_numpy(index)
         d, p, v = m.forces[rows].double(), m.hvps[rows].double(), m.probes[rows].double()
-        target = compute_hvp_target(p, d, v, beta)
-        force, n_force = force + float((d**2).sum()), n_force + d.numel()
-        hvp, n_hvp = hvp + float((target**2).sum()), n_hvp + target.numel()
+        white = None if m.whitening is None else m.whitening[rows].double()
+        target = compute_hvp_target(p, d, v, beta, m.covariances[rows].double(), m.own_share)
+        force, n_force = force + float((whiten(d, white) ** 2).sum()), n_force + d.numel()
+        hvp, n_hvp = hvp + float((whiten(target, white) ** 2).sum()), n_hvp + target.numel()
     return force / n_force, hvp / n_hvp

@@ -42,7 +42,8 @@ def test_python_dash_m(tmp_path: Path) -> None:
 
     helped = call("--help")
     assert helped.returncode == 0
-    for command in ("run", "sample", "label", "train", "export", "simulate", "compare", "doctor", "check-potential"):
+    stages = ("sample", "label", "reference", "train", "export", "evaluate", "simulate", "compare")
+    for command in ("run", *stages, "doctor", "check-potential"):
         assert command in helped.stdout
     version = call("--version")
     assert (version.returncode, version.stdout) == (0, f"openmm-hvpcg {__version__}\n")

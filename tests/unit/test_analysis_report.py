@@ -18,7 +18,7 @@ from openmm_hvpcg.analysis.compare import Comparison, compare_runs
 from openmm_hvpcg.analysis.divergences import Estimate
 from openmm_hvpcg.analysis.observables import find_phi_psi
 from openmm_hvpcg.analysis.report import _show_estimate, write_report
-from openmm_hvpcg.analysis.summary import SUMMARY_KEYS, build_summary, write_summary
+from openmm_hvpcg.analysis.summary import PMF_KEYS, SUMMARY_KEYS, build_summary, write_summary
 from openmm_hvpcg.config import AnalysisSettings
 from openmm_hvpcg.errors import StorageError
 
@@ -85,6 +85,15 @@ def simulation() -> dict[str, Any]:
         "ala": {"fm": describe_run(), "hvp": describe_run(), "bad": blown},
         "chain": {"fm": describe_run()},
     }
+
+
+def describe_pmf_errors(**changes: Any) -> dict[str, Any]:
+    figures = {
+        "pmf_force_rmse": 171.0, "pmf_force_rmse_error": 3.0, "pmf_hvp_rmse": 6.6e4, "pmf_hvp_rmse_error": 400.0,
+        "pmf_force_rmse_priors": 211.0, "pmf_force_rmse_priors_error": 2.0,
+        "pmf_hvp_rmse_priors": 7.4e4, "pmf_hvp_rmse_priors_error": None,
+    }  # fmt: skip
+    return {**figures, **changes}
 
 
 class _Links(HTMLParser):
@@ -161,6 +170,51 @@ def test_a_study_without_any_comparison(training, tmp_path: Path) -> None:
     summary = write_summary(tmp_path / "summary.json", {}, training, simulation, {})
     assert summary["molecules"]["ala"]["reference"] is None
     assert summary["molecules"]["ala"]["arms"]["hvp"]["status"] == "missing"
+
+
+PMF_HEADING = "Error of the mean force and its curvature"
+
+
+def test_errors_against_the_pmf_reference(comparisons, training, simulation, tmp_path: Path) -> None:
+    pmf = {"ala": {"fm": describe_pmf_errors(), "hvp": describe_pmf_errors(pmf_force_rmse=150.0)}}
+    results = (comparisons, training, simulation, PROVENANCE)
+    page = parse(write_report(tmp_path, *results, pmf_errors=pmf))
+    cells = [t.strip() for t in page.text]
+    assert PMF_HEADING in cells
+    for expected in (plots.PRIORS_LABEL, "211.0 ± 2.0", "171.0 ± 3.0", "150.0 ± 3.0", "66000 ± 400", "7.4e+04"):
+        assert cells.count(expected) >= 1, expected
+    # One plot more than without; priors that the arms share have one row.
+    assert page.tags.count("img") == 2 + 5 + 4 + 1
+    assert cells.count(plots.PRIORS_LABEL) == 1 + 2  # its row, and two headings of the training table
+    summary = build_summary(*results, pmf)["molecules"]
+    assert {k: summary["ala"]["arms"]["hvp"][k] for k in PMF_KEYS} == pmf["ala"]["hvp"]
+    for unknown in (summary["ala"]["arms"]["bad"], summary["chain"]["arms"]["fm"]):
+        assert all(unknown[key] is None for key in PMF_KEYS)
+
+
+def test_no_evaluation_no_heading(report: Path, comparisons, training, simulation, tmp_path: Path) -> None:
+    assert PMF_HEADING not in report.read_text()
+    empty = write_report(tmp_path, comparisons, training, simulation, PROVENANCE, pmf_errors={"ala": {}})
+    assert PMF_HEADING not in empty.read_text()
+
+
+def test_bars_of_priors_and_arms() -> None:
+    arms = {"fm": describe_pmf_errors(), "hvp": describe_pmf_errors(pmf_hvp_rmse=None, pmf_force_rmse_priors=200.0)}
+    assert [label for label, _, _ in plots.list_pmf_rows(arms)] == [
+        "priors alone (fm)",
+        "priors alone (hvp)",
+        "fm",
+        "hvp",
+    ]
+    assert len(plots.list_pmf_rows({"fm": arms["fm"], "x": arms["fm"]})) == 3
+    figure = plots.plot_pmf_errors({"ala": arms, "gly": {"fm": arms["fm"]}}, {"fm": "red", "hvp": "blue"})
+    assert figure is not None
+    heights = [sorted(bar.get_height() for bar in ax.patches if bar.get_height() > 0) for ax in figure.axes]
+    assert heights == [[171.0, 171.0, 171.0, 200.0, 211.0, 211.0], [6.6e4, 6.6e4, 7.4e4, 7.4e4, 7.4e4]]
+    for ax in figure.axes:
+        assert [t.get_text() for t in ax.get_xticklabels()] == ["ala", "gly"]
+        assert "kJ/mol/nm" in ax.get_ylabel()
+    assert plots.plot_pmf_errors({}, {}) is None
 
 
 def test_names_are_escaped(comparisons, tmp_path: Path) -> None:

@@ -6,15 +6,18 @@ import json
 import logging
 from pathlib import Path
 
+import mdtraj as md
 import numpy as np
 import openmm
 import pytest
 from openmm import app, unit
 
+from openmm_hvpcg.atomistic.flexible import free_beads, warn_of_fast_bonds
 from openmm_hvpcg.atomistic.molecule import AtomisticSystem, is_movable
 from openmm_hvpcg.atomistic.systems import build_atomistic_system
 from openmm_hvpcg.config import InputSettings
 from openmm_hvpcg.errors import InputError
+from openmm_hvpcg.mapping import BeadMap, build_bead_map
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 PDB = {"pdb": "dialanine.pdb"}
@@ -22,13 +25,21 @@ AMBER = {"prmtop": "dialanine.prmtop", "coordinates": "dialanine.rst7"}
 XML = {"system_xml": "dialanine.xml", "pdb": "dialanine.pdb"}
 
 
-def build(base: Path = DATA, constraints: str = "hbonds", **settings: object) -> AtomisticSystem:
+def build(
+    base: Path = DATA, constraints: str = "hbonds", flexible: str | None = None, **settings: object
+) -> AtomisticSystem:
+    """``flexible``: the beads whose bonds stay flexible."""
+
+    def map_beads(topology: md.Topology) -> BeadMap:
+        return build_bead_map(flexible or "", topology)
+
     return build_atomistic_system(
         InputSettings.model_validate(settings),
         temperature_K=300.0,
         constraints=constraints,  # type: ignore[arg-type]
         name="m",
         base=base,
+        flexible_beads=None if flexible is None else map_beads,
     )
 
 
@@ -181,6 +192,95 @@ def test_own_force_field_file_is_found_beside_the_protocol(tmp_path: Path) -> No
     (tmp_path / "d.pdb").write_text((DATA / "dialanine.pdb").read_text())
     molecule = build(base=tmp_path, pdb="d.pdb", force_field=["mine.xml"])
     assert list(molecule.provenance["force_field_hashes"]) == ["mine.xml"]
+
+
+def list_constraints(system: openmm.System) -> set[frozenset[int]]:
+    return {frozenset(system.getConstraintParameters(k)[:2]) for k in range(system.getNumConstraints())}
+
+
+def soften(system: openmm.System, pairs: set[frozenset[int]]) -> None:
+    """Take the harmonic bonds of some pairs away."""
+    for force in system.getForces():
+        if isinstance(force, openmm.HarmonicBondForce):
+            for k in range(force.getNumBonds()):
+                a, b, length, stiffness = force.getBondParameters(k)
+                force.setBondParameters(k, a, b, length, 0.0 if frozenset((a, b)) in pairs else stiffness)
+
+
+CHARMM = {**PDB, "force_field": "charmm36", "solvent": "vacuum"}
+FLEXIBLE = [
+    (settings, constraints, beads)
+    for settings in ({"sequence": "AA"}, PDB, AMBER)
+    for constraints in ("hbonds", "allbonds")
+    for beads in ("ca", "heavy")
+]
+
+
+# CHARMM has further harmonic terms, between atoms that are two bonds apart; it takes seconds to read.
+@pytest.mark.parametrize(("settings", "constraints", "beads"), [*FLEXIBLE, (CHARMM, "allbonds", "ca")])
+def test_flexible_beads(settings: dict[str, str], constraints: str, beads: str) -> None:
+    """No constraint is left on a bead's atom, all others are; the energy is that of a System without the former."""
+    rigid = build(constraints=constraints, **settings)
+    freed = build(constraints=constraints, flexible=beads, **settings)
+    loose = build(constraints="none", **settings)
+    bead_map = build_bead_map(beads, freed.topology)
+    atoms = set(np.flatnonzero(bead_map.site_weights.any(axis=0)).tolist())
+    before, left = list_constraints(rigid.system), list_constraints(freed.system)
+    assert left == {pair for pair in before if not pair & atoms}
+    # Every bond has a heavy atom; of alpha carbons two hydrogens, or all eight bonds.
+    assert len(before) - len(left) == {"heavy": len(before), "ca": 2 if constraints == "hbonds" else 8}[beads]
+    assert freed.provenance["lifted_constraints"] == len(before) - len(left)
+    soften(loose.system, left)
+    positions = rigid.positions + np.random.default_rng(1).normal(scale=0.002, size=rigid.positions.shape)
+    energy, forces = evaluate(freed.system, positions)
+    want_energy, want_forces = evaluate(loose.system, positions)
+    # The same terms in another order, in double precision: rounding of energies and forces of up to 1e4.
+    assert energy == pytest.approx(want_energy, abs=1e-8)
+    np.testing.assert_allclose(forces, want_forces, atol=1e-7)
+    assert np.abs(evaluate(rigid.system, positions)[1] - want_forces).max() > 100.0
+
+
+def test_flexible_beads_change_nothing_without_constraints() -> None:
+    assert (
+        build(**PDB, constraints="none", flexible="heavy").system_hash == build(**PDB, constraints="none").system_hash
+    )
+
+
+def test_water_stays_rigid() -> None:
+    box = {"sequence": "G", "solvent": "explicit", "padding_nm": 0.65}
+    plain, freed = build(**box), build(**box, flexible="ca")
+    assert plain.system.getNumConstraints() - freed.system.getNumConstraints() == 2  # glycine has HA2 and HA3
+    with pytest.raises(InputError, match=r"flexible_beads: a bead rests on rigid water.*Choose beads on the solute"):
+        build(**box, flexible="water and name O and resid 5")
+
+
+def test_flexible_beads_of_a_system_xml(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"dialanine\.xml: flexible_beads: a constraint of this System touches a bead"):
+        build(**XML, flexible="ca")
+    # Its hydrogens are constrained; the carbonyl carbons have none.
+    assert build(**XML, flexible="name C and resname ALA").system_hash == build(**XML).system_hash
+
+
+def test_a_bond_that_is_not_harmonic_cannot_take_a_constraints_place() -> None:
+    rigid, loose = build(**PDB), build(**PDB, constraints="none")
+    index = next(k for k, f in enumerate(loose.system.getForces()) if isinstance(f, openmm.HarmonicBondForce))
+    loose.system.removeForce(index)
+    with pytest.raises(InputError, match="no harmonic term for the bond of atoms"):
+        free_beads(rigid.system, loose.system, build_bead_map("ca", rigid.topology))
+
+
+@pytest.mark.parametrize(
+    ("flexible", "mass", "timestep_fs", "warned"),
+    [(None, None, 4.0, False), ("ca", None, 2.0, True), ("ca", None, 1.0, False), ("ca", 3.0, 2.0, False)],
+)
+def test_warning_of_fast_bonds(
+    caplog: pytest.LogCaptureFixture, flexible: str | None, mass: float | None, timestep_fs: float, warned: bool
+) -> None:
+    molecule = build(**PDB, flexible=flexible, hydrogen_mass_amu=mass)
+    with caplog.at_level(logging.WARNING):
+        warn_of_fast_bonds(molecule, timestep_fs)
+    assert ("flexible bonds to hydrogen (ALA2-HA among them) at 2 fs" in caplog.text) == warned
+    assert bool(caplog.records) == warned
 
 
 def test_movable() -> None:

@@ -101,6 +101,45 @@ def test_key_figures_fit_80_columns(capsys: pytest.CaptureFixture[str], tmp_path
     assert f"report:  {tmp_path / 'report.html'}" in out
 
 
+PMF = {
+    "pmf_force_rmse": 171.26, "pmf_force_rmse_error": 3.24, "pmf_hvp_rmse": 66012.0, "pmf_hvp_rmse_error": 412.0,
+    "pmf_force_rmse_priors": 211.4, "pmf_force_rmse_priors_error": 2.13,
+    "pmf_hvp_rmse_priors": 74123.0, "pmf_hvp_rmse_priors_error": None,
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("columns")
+def test_errors_against_the_reference(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    summary = build_summary("ala", fm=PMF, hvp={**PMF, "pmf_force_rmse": 150.0})
+    other = build_summary("gly", fm=PMF, hvp={**PMF, "pmf_force_rmse_priors": 200.0})
+    summary["molecules"] |= other["molecules"]
+    evaluation = {"molecules": {name: {"arms": m["arms"]} for name, m in summary["molecules"].items()}}
+    cli._show_figures(SimpleNamespace(report_folder=tmp_path), summary)
+    after_run = capsys.readouterr().out
+    cli._show_evaluation(SimpleNamespace(evaluation_path=tmp_path / "evaluation.json"), evaluation)
+    after_evaluate = capsys.readouterr().out
+    for out in (after_run, after_evaluate):
+        rows = [" ".join(line.split()) for line in out.splitlines()]
+        start = next(i for i, row in enumerate(rows) if row.startswith("Error against the PMF reference"))
+        assert [row for row in rows[start:] if row.startswith(("ala", "gly"))] == [
+            "ala priors alone 211.4 ± 2.1 7.41e+04",
+            "ala fm 171.3 ± 3.2 66012 ± 412",
+            "ala hvp 150.0 ± 3.2 66012 ± 412",
+            "gly priors alone 211.4 ± 2.1 7.41e+04",
+            "gly priors of hvp 200.0 ± 2.1 7.41e+04",
+            "gly fm 171.3 ± 3.2 66012 ± 412",
+            "gly hvp 171.3 ± 3.2 66012 ± 412",
+        ]
+        assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 80
+    assert f"figures: {tmp_path / 'evaluation.json'}" in after_evaluate
+
+
+@pytest.mark.usefixtures("columns")
+def test_no_table_without_a_reference(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cli._show_figures(SimpleNamespace(report_folder=tmp_path), build_summary("ala", fm=dict.fromkeys(PMF), hvp={}))
+    assert "PMF" not in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("columns")
 def test_long_names_fold_and_numbers_do_not(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     summary = build_summary("a_protein_of_some_length", an_arm_with_a_long_name={})

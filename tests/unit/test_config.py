@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ DEFAULTS: dict[str, Any] = {
         "walkers": 2,
         "equilibration_steps": 20000,
         "constraints": "hbonds",
+        "flexible_beads": False,
         "platform": "auto",
         "precision": "auto",
         "seed": 1,
@@ -85,6 +87,9 @@ DEFAULTS: dict[str, Any] = {
         "force_map": "optimal",
         "probes_per_frame": 4,
         "probe_law": "rademacher",
+        "probe_modes": None,
+        "probe_translations": "keep",
+        "averaging": None,
         "step_nm": "auto",
         "max_frames": None,
         "platform": "auto",
@@ -92,14 +97,21 @@ DEFAULTS: dict[str, Any] = {
         "workers": "auto",
         "seed": 2,
     },
+    "reference": None,
     "priors": {"bonds": True, "angles": True, "dihedrals": True, "repulsion": True},
     "model": {"kind": "schnet", "features": 64, "interactions": 2, "radial": 20, "cutoff_nm": 1.2},
     "training": {
         "arms": [{"name": "fm", "hvp_weight": 0.0}, {"name": "hvp", "hvp_weight": 1.0}],
         "force_weight": 1.0,
         "hvp_weight": 0.0,
+        "hvp_start": 0.0,
+        "covariance": "auto",
+        "covariance_frames": 700.0,
+        "covariance_regions": 4,
+        "whiten": "none",
         "batch_size": 64,
         "learning_rate": 1e-3,
+        "schedule": "plateau",
         "weight_decay": 0.0,
         "gradient_clip": 1.0,
         "max_epochs": 200,
@@ -191,7 +203,7 @@ class TestDefaults:
     def test_every_description_is_shown(self) -> None:
         text = config.describe_defaults()
         sections = [f.annotation for k, f in Protocol.model_fields.items() if k not in ("temperature_K", "molecules")]
-        sections.append(config.InputSettings)
+        sections += [config.InputSettings, config.ReferenceSettings]
         described = [
             field.description
             for section in sections
@@ -216,6 +228,7 @@ class TestUnknownKeys:
             ("priors.angle", "angles"),
             ("model.cutoff", "cutoff_nm"),
             ("training.learn_rate", "learning_rate"),
+            ("reference.n_sample", "n_samples"),
             ("simulation.timestep", "timestep_fs"),
             ("analysis.lagframes", "lag_frames"),
             ("molecules.0.roles", "role"),
@@ -292,6 +305,13 @@ class TestWrongValues:
             ("labels.workers", 1.5, "labels.workers: "),
             ("labels.workers", True, "labels.workers: expected no true or false"),
             ("labels.max_frames", 0, "labels.max_frames: "),
+            ("sampling.flexible_beads", "perhaps", "sampling.flexible_beads: "),
+            ("reference", 3, "reference: .*section with keys, got 3"),
+            ("reference.n_frames", 0, "reference.n_frames: "),
+            ("reference.probes", "all", "reference.probes: "),
+            ("reference.probes", 0, "reference.probes: expected full or at least 1"),
+            ("reference.workers", -1, "reference.workers: expected auto or at least 1"),
+            ("reference.n_samples", 30, r"reference: fewer HVP samples \(8\) than blocks \(10\)"),
             ("priors.bonds", "maybe", "priors.bonds: "),
             ("model.kind", "mace", "model.kind: .*'schnet'"),
             ("model.cutoff_nm", 0, "model.cutoff_nm: "),
@@ -299,7 +319,11 @@ class TestWrongValues:
             ("training.arms", [], "training: arms need at least one entry"),
             ("training.arms", [{"name": "a"}, {"name": "a"}], "distinct names, got"),
             ("training.arms", [{"hvp_weight": 1}], "training.arms.0.name: missing"),
-            ("training.arms", [{"name": "a", "hvp_weight": -1}], "arm a: hvp_weight: .*greater than or equal to 0"),
+            (
+                "training.arms",
+                [{"name": "a", "hvp_weight": -1}],
+                "arm a: hvp_weight: expected balanced, or a number of at least 0",
+            ),
             ("training.arms", [{"name": "a", "features": 0}], "arm a: features: "),
             ("training.arms", [{"name": "a", "arms": []}], "arm a: unknown key 'arms'"),
             ("training.arms", [{"name": "a", "force_weight": 0}], "arm a: .*both 0"),
@@ -355,6 +379,29 @@ class TestWrongValues:
         protocol = validate_protocol(MINIMAL)
         with pytest.raises(ValidationError):
             protocol.sampling.n_frames = 1  # type: ignore[misc]
+
+
+class TestReference:
+    """The section is off unless it is given."""
+
+    def test_an_empty_section_turns_it_on(self) -> None:
+        assert validate_protocol(MINIMAL).reference is None
+        assert validate_protocol({**MINIMAL, "reference": {}}).reference == config.ReferenceSettings()
+
+    def test_an_override_turns_it_on(self, tmp_path: Path) -> None:
+        protocol = load(tmp_path, config.dump_protocol(validate_protocol(MINIMAL)), "reference.n_frames=3")
+        assert protocol.reference == config.ReferenceSettings(n_frames=3)
+        assert load(tmp_path, config.dump_protocol(protocol)) == protocol
+
+    @pytest.mark.parametrize(
+        ("name", "section"), [("reference", config.ReferenceSettings), ("averaging", config.AveragingSettings)]
+    )
+    def test_keys_are_described_so_that_uncommenting_turns_it_on(self, name: str, section: type[BaseModel]) -> None:
+        lines = [line.removeprefix("  ") for line in config.describe_defaults().splitlines()]
+        start = next(i for i, line in enumerate(lines) if line.startswith(f"{name}: null"))
+        keys = itertools.takewhile(lambda line: line.startswith("# "), lines[start + 1 :])
+        text = "\n".join([f"{name}:", *(f" {line[1:]}" for line in keys)])
+        assert yaml.safe_load(text)[name] == section().model_dump()
 
 
 class TestFile:

@@ -12,7 +12,8 @@ import yaml
 
 from openmm_hvpcg.errors import InputError, StudyError, UnstableSimulationError
 from openmm_hvpcg.quiet import hide_c_output
-from openmm_hvpcg.study.folder import CONFIG_NAME, Study, open_study, read_record, take_folder
+from openmm_hvpcg.storage import write_json
+from openmm_hvpcg.study.folder import BEFORE, CONFIG_NAME, Study, open_study, read_record, take_folder
 
 PROTOCOL = {
     "molecules": [
@@ -50,6 +51,7 @@ def test_roles_and_units(study: Study) -> None:
     assert [m.name for m in study.trained] == ["a", "r"]
     assert [m.name for m in study.judged] == ["a", "t"]
     assert study.list_units("label") == ["a", "r"]
+    assert study.list_units("reference") == ["a", "t"]
     assert study.list_units("simulate") == ["x/a", "y/a", "x/t", "y/t"]
 
 
@@ -74,7 +76,13 @@ def test_done_needs_record_and_output(study: Study) -> None:
         ("sample", "t", "molecules.0.input.start=helix", []),
         ("sample", "t", "labels.seed=5", []),
         ("sample", "t", "sampling.platform=CPU", []),
+        ("sample", "t", "sampling.flexible_beads=true", ["sampling.flexible_beads (False -> True)"]),
+        ("sample", "t", "mapping.beads=heavy", []),
         ("label", "a", "mapping.beads=heavy", ["mapping.beads (ca -> heavy)"]),
+        ("reference", "t", "reference.n_frames=3", ["reference.n_frames (64 -> 3)"]),
+        ("reference", "t", "mapping.beads=heavy", ["mapping.beads (ca -> heavy)"]),
+        ("reference", "t", "reference.workers=3", []),
+        ("reference", "t", "labels.seed=5", []),
         ("label", "a", "labels.workers=3", []),
         ("train", "x", "labels.seed=5", ["labels.seed (2 -> 5)"]),
         ("train", "x", "model.features=9", ["model.features (64 -> 9)"]),
@@ -91,6 +99,73 @@ def test_changes(study: Study, protocol: Path, stage: str, unit: str, override: 
     fresh = protocol.parent / "fresh"
     changed = open_study(protocol, fresh, [override])
     assert Study(changed.protocol, study.base, study.out).find_changes(stage, unit) == changes
+
+
+def test_flexible_beads_make_frames_depend_on_the_mapping(study: Study, protocol: Path) -> None:
+    def change(*overrides: str) -> Study:
+        opened = open_study(protocol, protocol.parent / "fresh", ["sampling.flexible_beads=true", *overrides])
+        return Study(opened.protocol, study.base, study.out)
+
+    finish(change(), "sample", "t")
+    assert change().find_changes("sample", "t") == []
+    assert change("mapping.beads=heavy").find_changes("sample", "t") == ["mapping.beads (ca -> heavy)"]
+
+
+def test_records_of_older_versions(study: Study, protocol: Path) -> None:
+    """Before there was a choice, constraints stayed: such frames are not those of flexible beads."""
+    finish(study, "label", "a")
+    path = study._record_path("label", "a")
+    old = {k: v for k, v in read_record(path).items() if k not in BEFORE}
+    assert len(old) == len(read_record(path)) - len(BEFORE)
+    write_json(path, old)
+    assert study.find_changes("label", "a") == []
+    assert study.is_done("label", "a")
+    opened = open_study(protocol, protocol.parent / "fresh", ["sampling.flexible_beads=true"])
+    changed = Study(opened.protocol, study.base, study.out)
+    assert changed.find_changes("label", "a") == ["sampling.flexible_beads (False -> True)"]
+
+
+def test_a_reference_that_is_there_suits_a_protocol_without_the_section(study: Study, protocol: Path) -> None:
+    def change(*overrides: str) -> Study:
+        opened = open_study(protocol, protocol.parent / "fresh", list(overrides))
+        return Study(opened.protocol, study.base, study.out)
+
+    finish(change("reference.n_frames=3"), "reference", "t")
+    assert study.find_changes("reference", "t") == []
+    assert study.is_done("reference", "t")
+    assert change("reference={}").find_changes("reference", "t") == ["reference.n_frames (3 -> 64)"]
+    assert change("temperature_K=310").find_changes("reference", "t") == ["temperature_K (300.0 -> 310.0)"]
+
+
+def test_the_evaluation_follows_what_it_is_made_from(study: Study) -> None:
+    for stage, units in (("reference", ["a", "t"]), ("train", ["x", "y"])):
+        for unit in units:
+            finish(study, stage, unit)
+    header = study.reference_path("t") / "zarr.json"
+    study.reference_path("t").unlink()
+    header.parent.mkdir()
+    header.write_text("one")
+    finish(study, "compare", "report")
+    finish(study, "evaluate", "evaluation")
+    assert study.is_done("evaluate", "evaluation")
+    assert not study.is_done("compare", "report")
+    finish(study, "compare", "report")
+    header.write_text("another")
+    assert not study.is_done("evaluate", "evaluation")
+    assert not study.is_done("compare", "report")
+    finish(study, "evaluate", "evaluation")
+    study.find_output("train", "y").write_text("trained again")
+    assert not study.is_done("evaluate", "evaluation")
+
+
+@pytest.mark.parametrize("content", ["{", '{"format": "openmm-hvpcg/evaluation", "format_version": 99}', "{}"])
+def test_a_damaged_evaluation(study: Study, content: str) -> None:
+    from openmm_hvpcg.study.evaluating import read_evaluation
+
+    finish(study, "evaluate", "evaluation")
+    study.evaluation_path.write_text(content)
+    with pytest.raises(StudyError, match=r"evaluation\.json"):
+        read_evaluation(study)
 
 
 def test_a_changed_input_file(study: Study) -> None:

@@ -13,7 +13,11 @@ small molecules are bound by Python's lock, not by arithmetic.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import os
+import signal
+import threading
+import time
+from collections.abc import Generator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -34,6 +38,8 @@ from openmm_hvpcg.training.labels.oracle import ForceOracle
 from openmm_hvpcg.units import BOLTZMANN, PS_PER_FS
 
 CONSTRAINT_TOLERANCE = 1e-8
+#: How often a process looks whether the one that started it is still there.
+PARENT_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class HeldSampler:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_held", find_held_atoms(self.system, self.bead_map))
 
-    def sample(self, starts: Sequence[Starts], chains: Chains) -> Iterator[list[HeldSamples]]:
+    def sample(self, starts: Sequence[Starts], chains: Chains) -> Generator[list[HeldSamples], None, None]:
         """Samples of each of ``starts``, in order, as they come.
 
         Raises
@@ -150,7 +156,7 @@ class HeldSampler:
         recipe = _Recipe(
             xml, self.system.name, self._held, self.platform, self.properties, self.step_nm, self.seed, chains
         )
-        jobs = (joblib.delayed(_sample)(recipe, part) for part in starts)
+        jobs = (joblib.delayed(_sample)(recipe, part, os.getpid()) for part in starts)
         # max_nbytes: arrays go through pipes, not through files that a kill would leave behind.
         parallel = joblib.Parallel(n_jobs=n_jobs, return_as="generator", pre_dispatch="2*n_jobs", max_nbytes=None)
         try:
@@ -218,8 +224,10 @@ class _Recipe:
     chains: Chains
 
 
-def _sample(recipe: _Recipe, starts: Starts) -> list[HeldSamples]:
-    """Run in a process of its own; names the configuration in what goes wrong."""
+def _sample(recipe: _Recipe, starts: Starts, main_process: int) -> list[HeldSamples]:
+    """Run in a process of its own, or in the main one; names the configuration in what goes wrong."""
+    if os.getpid() != main_process:
+        _end_with(main_process)
     found, frame = [], int(starts.frames[0])
     where = f"{recipe.name or 'molecule'}, frame"
     try:
@@ -300,6 +308,18 @@ class _Walker:
         limit = MAX_TEMPERATURE_RATIO * self._chains.temperature_K
         if not (temperature <= limit and np.isfinite(state.getPositions(asNumpy=True)._value).all()):
             raise _blew_up(self._chains)
+
+
+@functools.cache
+def _end_with(main_process: int) -> None:
+    """Let this process end soon after the main one is killed: joblib's would work on, then wait for minutes."""
+
+    def watch() -> None:
+        while os.getppid() == main_process:
+            time.sleep(PARENT_POLL_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @functools.lru_cache(maxsize=2)

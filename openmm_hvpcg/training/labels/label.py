@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,30 +19,32 @@ from openmm_hvpcg.atomistic.platforms import PlatformChoice, choose_platform
 from openmm_hvpcg.atomistic.systems import AtomisticSystem
 from openmm_hvpcg.config import LabelSettings
 from openmm_hvpcg.cores import count_cores
-from openmm_hvpcg.errors import InputError, MappingError, StudyError
 from openmm_hvpcg.frames import Frames
 from openmm_hvpcg.mapping import BeadMap
 from openmm_hvpcg.progress import track
 from openmm_hvpcg.storage import (
     PathLike,
     check_free_space,
-    compute_hash,
     create_store,
-    describe_changes,
     explain_disk_errors,
-    open_store,
     read_array,
 )
 from openmm_hvpcg.training.dataset import FORMAT_VERSION, KIND, LabelledFrames, load_dataset
+from openmm_hvpcg.training.labels.averaging import average_labels, make_chains, split_by_fold
 from openmm_hvpcg.training.labels.force_maps import FITTED, ForceMap, split_in_blocks
 from openmm_hvpcg.training.labels.frame_maps import FrameMaps, MapSample, compare_force_maps
+from openmm_hvpcg.training.labels.held import HeldSampler, Starts, find_held_atoms
 from openmm_hvpcg.training.labels.hvp import StepScan, scan_step
 from openmm_hvpcg.training.labels.oracle import ForceOracle
 from openmm_hvpcg.training.labels.probes import ProbeLaw, draw_probes
+from openmm_hvpcg.training.labels.sources import check_sizes, choose_frames, describe_sources, open_unfinished
 
 logger = logging.getLogger(__name__)
 
 CHUNK_FRAMES = 64
+#: Conditional averaging: frames sampled one after the other in one Context.
+CHAIN_FRAMES = 16
+AVERAGED = ("forces", "hvps", "covariances")
 FORCE_MAP_FRAMES = 1000
 COMPARISON_FRAMES = 64
 SCAN_FRAMES = 4
@@ -48,7 +52,7 @@ SCAN_FRAMES = 4
 WARN_NOISE_RATIO = 1.05
 
 #: Settings younger than the format, and what a dataset that does not know them was made with.
-SETTINGS_BEFORE = {"probe_modes": None, "probe_translations": "keep"}
+SETTINGS_BEFORE = {"probe_modes": None, "probe_translations": "keep", "averaging": None}
 
 
 @dataclass(frozen=True)
@@ -115,14 +119,11 @@ def label_frames(
     StudyError
         ``path`` holds labels made from something else; it says from what.
     """
-    _check_sizes(system, frames, bead_map)
-    chosen = _choose_frames(frames.n_frames, settings.max_frames)
-    made_from = {
-        "settings": settings.model_dump(mode="json", exclude={"platform", "workers"}),
-        "system_hash": system.system_hash,
-        "frames_hash": compute_hash(frames.positions, chosen),
-        "bead_map_hash": bead_map.hash,
-    }
+    check_sizes(system, frames, bead_map)
+    if settings.averaging is not None:
+        find_held_atoms(system, bead_map)
+    chosen = choose_frames(frames.n_frames, settings.max_frames)
+    made_from = describe_sources(system, frames, bead_map, settings, chosen)
     box = None if frames.box is None else frames.box[0]
     platform = choose_platform(
         system.system,
@@ -137,7 +138,10 @@ def label_frames(
         system.system, platform.name, platform.properties, _count_workers(platform.name, settings.workers)
     ) as oracle:
         job = _Job(system, frames, bead_map, settings, chosen, oracle)
-        group = _open_unfinished(path, made_from) if Path(path).exists() else _create(job, path, made_from, platform)
+        if Path(path).exists():
+            group = open_unfinished(path, KIND, FORMAT_VERSION, "labels", made_from, SETTINGS_BEFORE)
+        else:
+            group = _create(job, path, made_from, platform)
         _fill(job, group, path, progress)
     return load_dataset(path, bead_map)
 
@@ -149,51 +153,19 @@ def _count_workers(platform: str, asked: int | str) -> int:
     return count_cores() if platform in ("Reference", "CPU") else 2
 
 
-def _check_sizes(system: AtomisticSystem, frames: Frames, bead_map: BeadMap) -> None:
-    n_atoms = system.system.getNumParticles()
-    if frames.n_atoms != n_atoms:
-        raise InputError(
-            "frames and System differ", expected=f"{n_atoms} atoms", got=frames.n_atoms, where=system.name or None
-        )
-    if bead_map.n_atoms != n_atoms:
-        raise MappingError(
-            "bead map and System differ", expected=f"{n_atoms} atoms", got=bead_map.n_atoms, where=system.name or None
-        )
-
-
-def _choose_frames(n_frames: int, most: int | None) -> NDArray[np.int64]:
-    if most is None or most >= n_frames:
-        return np.arange(n_frames)
-    return np.unique(np.linspace(0, n_frames - 1, most).round().astype(np.int64))
-
-
-def _open_unfinished(path: PathLike, made_from: dict[str, Any]) -> Any:
-    group = open_store(path, KIND, FORMAT_VERSION, mode="r+")
-    found = group.attrs.get("made_from", {})
-    changed = [key for key in made_from if key != "settings" and found.get(key) != made_from[key]]
-    changed += describe_changes("labels", {**SETTINGS_BEFORE, **found.get("settings", {})}, made_from["settings"])
-    if changed:
-        raise StudyError(
-            f"the dataset there was made from something else: {', '.join(changed)} differ",
-            where=path,
-            hint="choose another output folder, or delete the dataset to make it again",
-        )
-    return group
-
-
 def _create(job: _Job, path: PathLike, made_from: dict[str, Any], platform: PlatformChoice) -> Any:
     """Build the force maps, choose the step, and lay out the store."""
     settings, chosen = job.settings, job.chosen
     n_beads, n_probes, n_frames = job.bead_map.n_beads, settings.probes_per_frame, len(chosen)
     check_free_space(path, n_frames * n_beads * 12 * (2 + 2 * n_probes))
     fold = split_in_blocks(n_frames)
-    rows = _choose_frames(n_frames, FORCE_MAP_FRAMES)
+    rows = choose_frames(n_frames, FORCE_MAP_FRAMES)
     part = job.take(rows, 1)
     forces = job.oracle(part.positions.astype(np.float64), part.box)
     sample = MapSample(job.system, job.bead_map, forces, fold[rows])
     force_map, frame_maps = sample.fit(settings.force_map)
     scan = _choose_step(job, force_map)
-    few = _choose_frames(len(rows), COMPARISON_FRAMES)
+    few = choose_frames(len(rows), COMPARISON_FRAMES)
     part = job.take(rows[few], 1)
     comparison = compare_force_maps(sample, job.oracle, few, part.positions, part.probes, scan.step_nm, part.box)
     _warn_if_noisy(settings.force_map, comparison, len(rows))
@@ -222,7 +194,7 @@ def _create(job: _Job, path: PathLike, made_from: dict[str, Any], platform: Plat
             "force_map": len(rows),
             "step_scan": 2 * SCAN_FRAMES * len(scan.steps_nm),
             "map_comparison": 2 * len(few) * len(comparison),
-            "labels": n_frames * (1 + 2 * n_probes),
+            "labels": n_frames * _count_calls(job),
         },
         "seed": settings.seed,
         "platform": {"name": platform.name, "properties": platform.properties, "workers": job.oracle.n_workers},
@@ -238,6 +210,14 @@ def _create(job: _Job, path: PathLike, made_from: dict[str, Any], platform: Plat
         for name, shape in (("positions", vector), ("forces", vector), ("probes", matrix), ("hvps", matrix)):
             group.create_array(
                 name, shape=shape, dtype="float32", chunks=(CHUNK_FRAMES, *shape[1:]), fill_value=float("nan")
+            )
+        if settings.averaging is not None:
+            group.create_array(
+                "covariances",
+                shape=matrix,
+                dtype="float32",
+                chunks=(CHUNK_FRAMES, *matrix[1:]),
+                fill_value=float("nan"),
             )
         group.create_array("force_map", data=force_map.weights, fill_value=float("nan"))
         group.create_array("fold_force_maps", data=frame_maps.weights, fill_value=float("nan"))
@@ -269,7 +249,7 @@ def _warn_if_noisy(method: str, comparison: dict[str, dict[str, float]], n_frame
 
 def _choose_step(job: _Job, force_map: ForceMap) -> StepScan:
     """Scan steps on a few frames; a step given by the user is kept and its error estimated beside two neighbours."""
-    part = job.take(_choose_frames(len(job.chosen), SCAN_FRAMES), 1)
+    part = job.take(choose_frames(len(job.chosen), SCAN_FRAMES), 1)
     arguments = (job.oracle, part.positions, part.probes, force_map.weights, part.box)
     if job.settings.step_nm == "auto":
         scan = scan_step(*arguments)
@@ -283,7 +263,7 @@ def _choose_step(job: _Job, force_map: ForceMap) -> StepScan:
 
 
 def _fill(job: _Job, group: Any, path: PathLike, progress: bool) -> None:
-    n_frames, n_probes = len(job.chosen), job.settings.probes_per_frame
+    n_frames = len(job.chosen)
     done = read_array(group, "done", path).astype(bool)
     maps = FrameMaps.read(group, path)
     step_nm = float(group.attrs["finite_difference"]["step_nm"])
@@ -291,19 +271,73 @@ def _fill(job: _Job, group: Any, path: PathLike, progress: bool) -> None:
     if done.any() and starts:
         logger.info("%s: %d of %d frames are labelled already", path, int(done.sum()), len(done))
     began, calls = time.perf_counter(), 0
+    chunks = [slice(start, min(start + CHUNK_FRAMES, n_frames)) for start in starts]
     with track(f"label {Path(path).stem}", n_frames, "frames", done=int(done.sum()), show=progress) as advance:
-        for start in starts:
-            rows = slice(start, min(start + CHUNK_FRAMES, n_frames))
-            part, own = job.take(rows, n_probes), maps.select(rows)
-            forces = own.project(job.oracle(part.positions.astype(np.float64), part.box))
-            hvps = own.compute_hvps(job.oracle, part.positions, part.probes, step_nm, part.box)
-            calls += len(part.beads) * (1 + 2 * n_probes)
+        compute = _compute_chunks if job.settings.averaging is None else _average_chunks
+        for rows, arrays in compute(job, maps, chunks, step_nm):
             with explain_disk_errors(path):
-                group["positions"][rows] = part.beads
-                group["forces"][rows] = forces.astype(np.float32)
-                group["probes"][rows] = part.probes
-                group["hvps"][rows] = hvps.astype(np.float32)
+                for name, values in arrays.items():
+                    group[name][rows] = values.astype(np.float32)
                 group["done"][rows] = 1
-            advance(len(part.beads))
+            calls += (rows.stop - rows.start) * _count_calls(job)
+            advance(rows.stop - rows.start)
     if calls:
         logger.info("%s: %.0f force calls/s", path, calls / (time.perf_counter() - began))
+
+
+def _count_calls(job: _Job) -> int:
+    """Force calls that label one frame."""
+    n_probes = job.settings.probes_per_frame
+    if job.settings.averaging is None:
+        return 1 + 2 * n_probes
+    return make_chains(job.settings.averaging, job.system.temperature_K).count_force_calls(n_probes)
+
+
+def _compute_chunks(
+    job: _Job, maps: FrameMaps, chunks: list[slice], step_nm: float
+) -> Iterator[tuple[slice, dict[str, NDArray[Any]]]]:
+    """Labels of the frames themselves."""
+    for rows in chunks:
+        part, own = job.take(rows, job.settings.probes_per_frame), maps.select(rows)
+        forces = own.project(job.oracle(part.positions.astype(np.float64), part.box))
+        hvps = own.compute_hvps(job.oracle, part.positions, part.probes, step_nm, part.box)
+        yield rows, {"positions": part.beads, "forces": forces, "probes": part.probes, "hvps": hvps}
+
+
+def _average_chunks(
+    job: _Job, maps: FrameMaps, chunks: list[slice], step_nm: float
+) -> Iterator[tuple[slice, dict[str, NDArray[Any]]]]:
+    """Labels averaged over the hidden atoms, a chain a frame."""
+    settings, system = job.settings, job.system
+    if settings.averaging is None or not chunks:
+        return
+    platform = choose_platform(
+        system.system,
+        job.frames.positions[0].astype(np.float64),
+        platform=settings.platform,
+        precision=settings.precision,
+        purpose="dynamics",
+        box=None if job.frames.box is None else job.frames.box[0],
+        threads=1,
+    )
+    workers = None if settings.workers == "auto" else int(settings.workers)
+    sampler = HeldSampler(system, job.bead_map, platform.name, platform.properties, step_nm, settings.seed, workers)
+    parts = [(rows, job.take(rows, settings.probes_per_frame), maps.select(rows)) for rows in chunks]
+    starts = [
+        Starts(
+            job.chosen[rows][run],
+            part.positions[run],
+            part.probes[run],
+            own.weights[own.fold[run][0]],
+            None if part.box is None else part.box[run],
+        )
+        for rows, part, own in parts
+        for run in split_by_fold(own.fold, CHAIN_FRAMES)
+    ]
+    found = sampler.sample(starts, make_chains(settings.averaging, system.temperature_K))
+    with closing(found):
+        for rows, part, own in parts:
+            samples = [s for _ in split_by_fold(own.fold, CHAIN_FRAMES) for s in next(found)]
+            labels = [average_labels(s, v) for s, v in zip(samples, part.probes, strict=True)]
+            arrays = {name: np.stack([getattr(label, name) for label in labels]) for name in AVERAGED}
+            yield rows, {"positions": part.beads, "probes": part.probes, **arrays}

@@ -93,6 +93,11 @@ class SchNet(nn.Module):
         return self.energy_scale * self.readout(h).squeeze(-1).sum(dim=-1)
 
 
+def scale_energy(network: nn.Module, factor: float) -> None:
+    """Multiply the network's energy by ``factor``, in place."""
+    network.energy_scale.mul_(factor)  # type: ignore[operator]
+
+
 def build_network(n_species: int, settings: ModelSettings, energy_scale: float = 1.0) -> nn.Module:
     """The network that ``settings.kind`` names."""
     return {"schnet": SchNet}[settings.kind](n_species, settings, energy_scale)

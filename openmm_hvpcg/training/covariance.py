@@ -1,0 +1,159 @@
+"""The covariance of projected forces at fixed beads, pooled over frames that look alike.
+
+The HVP target needs ``Cov_R(Q f, Q f)``. One frame gives ``d d^T`` (its force residual times itself): unbiased, and so
+noisy that it drowns the rest of the label. Hidden atoms hang on the beads, though, and the covariance they cause is
+much the same in every frame when it is seen from axes that move with the beads. Pooled over frames in such local axes,
+by regions of the soft coordinates, it is nearly free of noise, at the price of a bias: what varies within a region.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+
+#: Frames the axes and regions are chosen on.
+SAMPLE_FRAMES = 2000
+#: Two beads span an axis system with a third where the sine of their angle stays above this in 98 of 100 frames.
+MIN_SINE = 0.35
+#: Length that a full turn of a dihedral counts for, nm, beside distances.
+DIHEDRAL_SCALE_NM = 0.1
+#: Frames of the overall mean mixed into each region: keeps a region of few frames from being noise.
+SHRINKAGE_FRAMES = 50.0
+#: Regions overlap by this many times their mean square radius.
+OVERLAP = 2.0
+#: Share of the mean variance added before inverting: what the model cannot fit anyway.
+WHITENING_FLOOR = 0.1
+
+
+@dataclass(frozen=True)
+class LocalAxes:
+    """Right-handed orthonormal axes at each bead, from the directions to two others: ``first``, ``second`` (B,)."""
+
+    first: Tensor
+    second: Tensor
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """Axes (F, B, 3, 3), rows, of frames (F, B, 3)."""
+        a = positions[:, self.first] - positions
+        e1 = a / torch.linalg.vector_norm(a, dim=-1, keepdim=True)
+        b = positions[:, self.second] - positions
+        b = b - (b * e1).sum(-1, keepdim=True) * e1
+        e2 = b / torch.linalg.vector_norm(b, dim=-1, keepdim=True)
+        return torch.stack([e1, e2, torch.linalg.cross(e1, e2)], dim=-2)
+
+
+def choose_axes(positions: Tensor) -> LocalAxes | None:
+    """For each bead the two nearest beads (F, B, 3) that never come near a line with it; None where there are none."""
+    n_beads = positions.shape[1]
+    distances = torch.cdist(positions, positions).mean(dim=0)
+    chosen = []
+    for bead in range(n_beads):
+        near = [b for b in torch.argsort(distances[bead]).tolist() if b != bead]
+        pairs = ((near[i], near[j]) for j in range(1, len(near)) for i in range(j))
+        found = next((pair for pair in pairs if _span_plane(positions, bead, *pair)), None)
+        if found is None:
+            return None
+        chosen.append(found)
+    first, second = torch.tensor(chosen).T
+    return LocalAxes(first, second)
+
+
+def _span_plane(positions: Tensor, bead: int, first: int, second: int) -> bool:
+    a, b = positions[:, first] - positions[:, bead], positions[:, second] - positions[:, bead]
+    area = torch.linalg.vector_norm(torch.linalg.cross(a, b), dim=-1)
+    sine = area / (torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1))
+    return float(sine.quantile(0.02)) > MIN_SINE
+
+
+def compute_soft_features(positions: Tensor) -> Tensor:
+    """Distances, and sines and cosines of the dihedrals of successive beads, as lengths (F, n): soft ones vary most."""
+    n_beads = positions.shape[1]
+    first, second = torch.triu_indices(n_beads, n_beads, 1)
+    features = [torch.linalg.vector_norm(positions[:, first] - positions[:, second], dim=-1)]
+    if n_beads >= 4:
+        a, b, c = (positions[:, k + 1 : n_beads - 2 + k] - positions[:, k : n_beads - 3 + k] for k in range(3))
+        n1, n2 = torch.linalg.cross(a, b), torch.linalg.cross(b, c)
+        phi = torch.atan2((a * n2).sum(-1) * torch.linalg.vector_norm(b, dim=-1), (n1 * n2).sum(-1))
+        features += [DIHEDRAL_SCALE_NM * torch.sin(phi), DIHEDRAL_SCALE_NM * torch.cos(phi)]
+    return torch.cat(features, dim=1)
+
+
+class PooledCovariance:
+    """Covariance of forces at fixed beads, as a weighted mean over regions of its value in local axes.
+
+    Parameters
+    ----------
+    positions : (T, B, 3) nm, the training frames
+    n_regions : regions of the soft coordinates; fewer where frames are few
+    seed : of the clustering
+
+    Raises
+    ------
+    ValueError
+        No local axes exist (two beads, or beads on a line).
+    """
+
+    def __init__(self, positions: Tensor, n_regions: int, seed: int) -> None:
+        x = positions.double()
+        few = x[torch.from_numpy(np.unique(np.linspace(0, len(x) - 1, min(len(x), SAMPLE_FRAMES)).astype(int)))]
+        axes = choose_axes(few)
+        if axes is None:
+            raise ValueError("no local axes")
+        self.axes = axes
+        features = compute_soft_features(few)
+        n_regions = max(1, min(n_regions, len(few) // 20))
+        self.centres = torch.from_numpy(_cluster(features.numpy(), n_regions, seed))
+        self.radius2 = OVERLAP * float((torch.cdist(features, self.centres).min(dim=1)[0] ** 2).mean())
+        self.regions = torch.zeros(len(self.centres), 3 * x.shape[1], 3 * x.shape[1], dtype=torch.float64)
+
+    def fit(self, positions: Tensor, residuals: Tensor) -> None:
+        """Set the regions' covariances from frames (T, B, 3) and their force residuals ``q - F`` (T, B, 3)."""
+        x = positions.double()
+        y = torch.einsum("tbix,tbx->tbi", self.axes(x), residuals.double()).flatten(1)
+        weights = self._weigh(x)
+        overall = y.T @ y / len(y)
+        sums = torch.stack([(y * w[:, None]).T @ y for w in weights.T])
+        self.regions = (sums + SHRINKAGE_FRAMES * overall) / (weights.sum(dim=0) + SHRINKAGE_FRAMES)[:, None, None]
+
+    def apply(self, positions: Tensor, probes: Tensor) -> Tensor:
+        """Covariance times probes, (T, P, B, 3) like the probes, at frames (T, B, 3)."""
+        x = positions.double()
+        axes, weights = self.axes(x), self._weigh(x)
+        local = torch.einsum("tbix,tpbx->tpbi", axes, probes.double()).flatten(2)
+        product = torch.zeros_like(local)
+        for region, weight in zip(self.regions, weights.T, strict=True):
+            product += weight[:, None, None] * (local @ region)
+        return torch.einsum("tbix,tpbi->tpbx", axes, product.reshape(probes.shape)).to(probes.dtype)
+
+    def whiten(self, positions: Tensor) -> Tensor:
+        """``(C / c + floor)^(-1/2)`` (T, 3B, 3B) in the frames' own axes, c the mean variance, mean diagonal of its
+        square 1: residuals times it have noise of about equal size and without correlation."""
+        x = positions.double()
+        axes, weights = self.axes(x), self._weigh(x)
+        n_beads = x.shape[1]
+        local = torch.einsum("tk,kij->tij", weights, self.regions)
+        mean = local.diagonal(dim1=1, dim2=2).mean()
+        values, vectors = torch.linalg.eigh(local / mean + WHITENING_FLOOR * torch.eye(3 * n_beads, dtype=x.dtype))
+        values = values / (1.0 / values).mean()
+        root = (vectors * values[:, None].rsqrt()) @ vectors.transpose(1, 2)
+        blocks = root.reshape(-1, n_beads, 3, n_beads, 3)
+        turned = torch.einsum("tbix,tbicj,tcjy->tbxcy", axes, blocks, axes)
+        return turned.reshape(-1, 3 * n_beads, 3 * n_beads).to(positions.dtype)
+
+    def _weigh(self, positions: Tensor) -> Tensor:
+        """Share (F, K) of each region in each frame."""
+        if len(self.centres) == 1:
+            return torch.ones(len(positions), 1, dtype=torch.float64)
+        return torch.softmax(-(torch.cdist(compute_soft_features(positions), self.centres) ** 2) / self.radius2, dim=1)
+
+
+def _cluster(features: NDArray[np.float64], n_regions: int, seed: int) -> NDArray[np.float64]:
+    if n_regions == 1:
+        return features.mean(axis=0, keepdims=True)
+    centres, _ = kmeans2(features, n_regions, minit="++", seed=seed)
+    return np.asarray(centres, dtype=np.float64)
