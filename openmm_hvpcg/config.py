@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -437,7 +437,8 @@ def describe_defaults() -> str:
 
 def _describe_section(name: str, field: Any) -> list[str]:
     """A key and the keys below it; one that is off unless it is given has them as comments."""
-    candidates = (field.annotation, *getattr(field.annotation, "__args__", ()))
+    is_optional = type(None) in get_args(field.annotation)
+    candidates = get_args(field.annotation) if is_optional else (field.annotation,)
     section = next((a for a in candidates if isinstance(a, type) and issubclass(a, BaseModel)), None)
     if section is None:
         return [f"{name}: {_show(field)}"]

@@ -155,42 +155,87 @@ def plot_size(comparison: Comparison, colours: Colours) -> Figure:
 
 
 def plot_training(training: Mapping[str, Mapping[str, Any]], colours: Colours) -> Figure | None:
-    """Validation force and HVP errors by epoch with the labels' noise; None without curves."""
+    """Force and HVP errors and the loss by epoch, with the labels' noise and the priors; None without curves."""
     if not any(figures.get("curves") for figures in training.values()):
         return None
-    figure, axes = _make_figure(1, 2, 9.2, 3.8)
-    panels = (
-        ("val_force_rmse", "force_noise", "force error (kJ/mol/nm)"),
-        ("val_hvp_rmse", "hvp_noise", "HVP error (kJ/mol/nm$^2$)"),
-    )
-    for ax, (key, noise_key, label) in zip(axes, panels, strict=True):
+    figure, axes = _make_figure(1, 3, 12.0, 4.0)
+    panels = (("force", "force error (kJ/mol/nm)"), ("hvp", "HVP error (kJ/mol/nm$^2$)"))
+    for ax, (term, label) in zip(axes, panels, strict=False):
         values: list[float] = []
         for arm, figures in training.items():
-            points = [
-                (entry["epoch"], value)
-                for entry in figures.get("curves") or ()
-                if (value := _to_float(entry.get(key))) is not None
-            ]
-            if points:
-                epochs, errors = zip(*points, strict=True)
-                ax.plot(epochs, errors, color=colours[arm], label=arm, marker="." if len(points) < 15 else "")
-                values += errors
-        for level, arms in _group_noise(training, noise_key).items():
-            colour = colours[arms[0]] if len(arms) < len(training) else "black"
-            suffix = f" ({', '.join(arms)})" if len(arms) < len(training) else ""
-            ax.axhline(level, color=colour, linestyle="--", linewidth=1.2, label=f"label noise{suffix}")
-            values.append(level)
-        if values and min(values) > 0 and max(values) > 5 * min(values):
-            ax.set_yscale("log")
-        elif values and max(values) >= 1e4:
-            ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-        ax.set_xlabel("epoch")
-        ax.set_ylabel(f"validation {label}")
-        if values:
-            ax.legend(frameon=False)
-        else:
-            ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", color="0.4")
+            values += _draw_curve(ax, figures, f"val_{term}_rmse", color=colours[arm])
+            fitted = get_loss_figure(figures, term, "training")
+            if fitted is not None and figures.get("best_epoch") is not None:
+                ax.plot(figures["best_epoch"] + 1, fitted, "o", color=colours[arm], markerfacecolor="none")
+                values.append(fitted)
+        for name, dashes in (("noise", "--"), ("priors_validation", ":")):
+            for level, arms in _group_levels(training, term, name).items():
+                colour = "black" if len(arms) == len(training) else colours[arms[0]]
+                ax.axhline(level, color=colour, linestyle=dashes, linewidth=1.2)
+                values.append(level)
+        _finish_curves(ax, values, f"validation {label}")
+    values = []
+    for arm, figures in training.items():
+        weight = sum(_to_float(figures.get(f"{term}_weight")) or 0.0 for term, _ in panels) or 1.0
+        first = (figures.get("curves") or [{}])[0].get("val_loss") or 1.0
+        values += _draw_curve(axes[2], figures, "val_loss", first, color=colours[arm])
+        values += _draw_curve(axes[2], figures, "train_loss", weight, color=colours[arm], linestyle="-.", linewidth=1.0)
+    _finish_curves(axes[2], values, "loss (priors alone: 1)")
+    styles = (
+        ("label noise", {"linestyle": "--"}),
+        (PRIORS_LABEL, {"linestyle": ":"}),
+        ("training frames", {"marker": "o", "markerfacecolor": "none", "linestyle": "none"}),
+        ("training loss", {"linestyle": "-.", "linewidth": 1.0}),
+    )
+    for arm in training:
+        axes[0].plot([], [], color=colours[arm], label=arm)
+    for label, style in styles:
+        axes[0].plot([], [], color="black", label=label, **style)
+    _add_common_legend(figure, axes[0])
     return figure
+
+
+def get_loss_figure(figures: Mapping[str, Any], term: str, name: str) -> float | None:
+    """Root mean square of a term as the loss sees it, in the units of the curves; None where it is not known.
+
+    ``name`` is priors_validation, noise, or training: what would be left of the held-out labels if the network took as
+    much off them as it does on training frames. Results without ``loss_terms`` have the first two of the plain labels.
+    """
+    if "loss_terms" not in figures:
+        plain = {"noise": "noise", "priors_validation": "rmse_priors"}
+        return _to_float(figures.get(f"{term}_{plain[name]}")) if name in plain else None
+    found = figures["loss_terms"][term]
+    square = _to_float(found.get(name))
+    if name == "training" and square is not None:
+        # The two sets differ by chance in what there is to take off, and by more than the network does.
+        square += found["priors_validation"] - found["priors_training"]
+    return None if square is None or square < 0 else float(square**0.5)
+
+
+def _draw_curve(ax: Axes, figures: Mapping[str, Any], key: str, unit: float = 1.0, **style: Any) -> list[float]:
+    """Draw a column of the learning curves over ``unit``; return its values."""
+    points = [
+        (entry["epoch"], value / unit)
+        for entry in figures.get("curves") or ()
+        if (value := _to_float(entry.get(key))) is not None
+    ]
+    if not points:
+        return []
+    epochs, values = zip(*points, strict=True)
+    ax.plot(epochs, values, marker="." if len(points) < 15 else "", **style)
+    return list(values)
+
+
+def _finish_curves(ax: Axes, values: Sequence[float], label: str) -> None:
+    """Scale and labels of a panel of learning curves that hold ``values``."""
+    if values and min(values) > 0 and max(values) > 5 * min(values):
+        ax.set_yscale("log")
+    elif values and max(values) >= 1e4:
+        ax.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    ax.set_xlabel("epoch")
+    ax.set_ylabel(label)
+    if not values:
+        ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", color="0.4")
 
 
 def plot_divergences(comparisons: Mapping[str, Comparison], colours: Colours) -> Figure | None:
@@ -343,11 +388,11 @@ def _draw_boundary(ax: Axes, edges: tuple[FloatArray, ...], visited: NDArray[np.
     ax.add_collection(LineCollection(segments, colors="0.25", linewidths=0.7), autolim=False)
 
 
-def _group_noise(training: Mapping[str, Mapping[str, Any]], key: str) -> dict[float, list[str]]:
-    """Arms by the noise level of their labels (they mostly share it)."""
+def _group_levels(training: Mapping[str, Mapping[str, Any]], term: str, name: str) -> dict[float, list[str]]:
+    """Arms by a level of their labels (they mostly share it)."""
     groups: dict[float, list[str]] = {}
     for arm, figures in training.items():
-        level = _to_float(figures.get(key))
+        level = get_loss_figure(figures, term, name)
         if level is not None:
             groups.setdefault(float(f"{level:.3g}"), []).append(arm)
     return groups

@@ -58,9 +58,13 @@ _CAPTIONS = {
     ),
     "size": "Overall size. Good: the same peak and width; small values mean that the model collapses.",
     "training": (
-        "Error on validation data the fit never saw. The dashed line is the noise of the labels themselves: "
-        "no model can come below it, and a curve close to it is good, however large the number looks. A "
-        "curve that turns upwards overfits."
+        "Error on validation data the fit never saw, of the targets as the loss sees them. The dashed line is the "
+        "noise of the labels themselves: no model can come below it, and a curve close to it is good, however large "
+        "the number looks. The dotted line is the priors alone: a curve above it is worse than no network. Lines in "
+        "colour are those of one arm. A curve that turns upwards overfits; circles show where it would be if the "
+        "network did as well on other frames as on those it was trained on, and far below their curve they tell the "
+        "same. Right, the weighted loss: a training curve that falls away from its validation curve learns noise, and "
+        "a step is where the HVPs join."
     ),
     "divergences": (
         "Kullback-Leibler divergence of each arm from the reference; shorter is better. The dashed line is "
@@ -300,7 +304,70 @@ def _build_training(training: Training, colours: plots.Colours) -> str:
     rows = [[arm, *(_show(figures.get(key)) for key in keys)] for arm, figures in training.items()]
     note = "<p>Rms per component on the validation set; forces in kJ/mol/nm, HVPs in kJ/mol/nm².</p>"
     plot = _embed(plots.plot_training(training, colours), "training")
-    return "\n".join(["<h2>Training</h2>", plot, note, _build_table(["arm", *keys.values()], rows)])
+    judged = {arm: figures["diagnosis"] for arm, figures in training.items() if figures.get("diagnosis")}
+    boxes = [
+        f'<p class="bad">Arm <b>{escape(arm)}</b>: {escape(found["warning"])}</p>'
+        for arm, found in judged.items()
+        if found.get("warning")
+    ]
+    table = _build_table(["arm", *keys.values()], rows)
+    return "\n".join(["<h2>Training</h2>", *boxes, plot, note, table, _build_diagnoses(judged)])
+
+
+def _build_diagnoses(judged: Mapping[str, Mapping[str, Any]]) -> str:
+    """Whether the labels do, and the weights of each arm with their reasons; nothing for results that lack it."""
+    if not judged:
+        return ""
+    head = [
+        "arm", "labels", "noise of the labels", "of the validation loss, noise", "error without the noise",
+        "of the priors' error, explained", "learnt of what it could", "labelled frames",
+        "frames that would do", "verdict",
+    ]  # fmt: skip
+    rows = [
+        [arm, label, *_describe_term(found[term], found["n_frames"])]
+        for arm, found in judged.items()
+        for term, label in (("force", "forces"), ("hvp", "HVPs"))
+    ]
+    target = next(iter(judged.values()))["target"]
+    note = (
+        "<p>Noise is what no model can explain; of the loss that share stays, however long one trains. It is estimated "
+        "from frames whose beads look alike, and leans towards too large; of HVPs it is that of targets with each "
+        "frame's own covariance, while the loss may see quieter ones. What a network could learn follows from how much "
+        "more it takes off the priors' error on training frames than on others: the surplus is noise it learnt. "
+        f"The frames that would do bring it to {100 * target:.0f} % of that; what is then still missing no frames "
+        "mend, but a larger network or longer training may. “unknown”: these labels do not tell.</p>"
+    )
+    parts = ["<h3>Are the labels enough for the network?</h3>", _build_table(head, rows, n_text=2), note]
+    parts.append("<h3>Weights of the loss, and why</h3>")
+    for arm, found in judged.items():
+        share = found.get("irreducible")
+        lines = [*found["weights"], *found["remarks"]]
+        if share is not None:
+            lines.append(f"Of the weighted validation loss, {100 * share:.0f} % is noise of the labels.")
+        items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+        parts.append(f"<p>Arm <b>{escape(arm)}</b></p><ul>{items}</ul>")
+    return "\n".join(parts)
+
+
+def _describe_term(term: Mapping[str, Any], n_frames: int) -> list[str]:
+    """Cells of the table on the labels, for one term of one arm."""
+
+    def share(value: float | None) -> str:
+        return "unknown" if value is None else f"{100 * value:.0f} %"
+
+    error = "unknown" if term["error"] is None else _show(term["error"])
+    if term["error_is_bound"]:
+        error = f"below {error}"
+    elif term["error_uncertainty"] is not None:
+        error = _show_estimate(Estimate(term["error"], term["error_uncertainty"]))
+    learnt, needed = "–", "–"
+    if term["learnt"] is not None:
+        learnt = f"{100 * term['learnt']:.0f} ± {100 * term['learnt_error']:.0f} %"
+    if term["n_frames_needed"] is not None:
+        needed = f"{'at least' if term['is_lower_bound'] else 'about'} {term['n_frames_needed']:,}"
+    noise = "unknown" if term["noise"] is None else _show(term["noise"])
+    shares = [share(term["irreducible"]), error, share(term["explained"])]
+    return [noise, *shares, learnt, f"{n_frames:,}", needed, term["verdict"]]
 
 
 def _build_provenance(provenance: Mapping[str, Any]) -> str:

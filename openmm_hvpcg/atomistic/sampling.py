@@ -87,8 +87,9 @@ def spread_frames(n_frames: int, walkers: int) -> list[int]:
 
 
 def _open_or_create(system: AtomisticSystem, settings: SamplingSettings, path: Path) -> FramesStore:
-    # Platform and precision may change between runs: they change speed and rounding, not the ensemble.
-    recorded = settings.model_dump(mode="json", exclude={"platform", "precision"})
+    # Platform and precision may change between runs: they change speed and rounding, not the ensemble. Flexible beads
+    # change the System, and its hash tells.
+    recorded = settings.model_dump(mode="json", exclude={"platform", "precision", "flexible_beads"})
     provenance = {"system": system.provenance, "system_hash": system.system_hash, "sampling": recorded}
     if not path.exists():
         # Checkpoints without their frames belong to a store that was moved away.

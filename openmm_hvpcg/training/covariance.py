@@ -18,12 +18,17 @@ from torch import Tensor
 
 #: Frames the axes and regions are chosen on.
 SAMPLE_FRAMES = 2000
-#: Two beads span an axis system with a third where the sine of their angle stays above this in 98 of 100 frames.
-MIN_SINE = 0.35
+#: Sine of the angle at a bead, in 98 of 100 frames: good enough to look no further, and the least that gives axes.
+GOOD_SINE = 0.35
+MIN_SINE = 0.05
+#: A length that is nothing beside a rounding error of positions: kept out of denominators.
+TINY_NM = 1e-12
 #: Length that a full turn of a dihedral counts for, nm, beside distances.
 DIHEDRAL_SCALE_NM = 0.1
 #: Frames of the overall mean mixed into each region: keeps a region of few frames from being noise.
 SHRINKAGE_FRAMES = 50.0
+#: The regression that takes the model's error out has no more coefficients than one for so many frames.
+FRAMES_PER_COEFFICIENT = 10
 #: Regions overlap by this many times their mean square radius.
 OVERLAP = 2.0
 #: Share of the mean variance added before inverting: what the model cannot fit anyway.
@@ -43,31 +48,42 @@ class LocalAxes:
         e1 = a / torch.linalg.vector_norm(a, dim=-1, keepdim=True)
         b = positions[:, self.second] - positions
         b = b - (b * e1).sum(-1, keepdim=True) * e1
-        e2 = b / torch.linalg.vector_norm(b, dim=-1, keepdim=True)
+        # On a line by chance: no second axis, rather than NaN.
+        e2 = b / torch.linalg.vector_norm(b, dim=-1, keepdim=True).clamp(min=TINY_NM)
         return torch.stack([e1, e2, torch.linalg.cross(e1, e2)], dim=-2)
 
 
 def choose_axes(positions: Tensor) -> LocalAxes | None:
-    """For each bead the two nearest beads (F, B, 3) that never come near a line with it; None where there are none."""
+    """For each bead two others (F, B, 3) that stay clear of a line with it, near ones first.
+
+    The first pair whose sine stays above ``GOOD_SINE`` is taken, else the one that stays furthest from a line; None
+    where that is below ``MIN_SINE``.
+    """
     n_beads = positions.shape[1]
     distances = torch.cdist(positions, positions).mean(dim=0)
     chosen = []
     for bead in range(n_beads):
         near = [b for b in torch.argsort(distances[bead]).tolist() if b != bead]
-        pairs = ((near[i], near[j]) for j in range(1, len(near)) for i in range(j))
-        found = next((pair for pair in pairs if _span_plane(positions, bead, *pair)), None)
-        if found is None:
+        best, best_sine = None, MIN_SINE
+        for pair in ((near[i], near[j]) for j in range(1, len(near)) for i in range(j)):
+            sine = _measure_sine(positions, bead, *pair)
+            if sine > best_sine:
+                best, best_sine = pair, sine
+            if best_sine > GOOD_SINE:
+                break
+        if best is None:
             return None
-        chosen.append(found)
+        chosen.append(best)
     first, second = torch.tensor(chosen).T
     return LocalAxes(first, second)
 
 
-def _span_plane(positions: Tensor, bead: int, first: int, second: int) -> bool:
+def _measure_sine(positions: Tensor, bead: int, first: int, second: int) -> float:
+    """Sine of the angle at the bead that 98 of 100 frames exceed."""
     a, b = positions[:, first] - positions[:, bead], positions[:, second] - positions[:, bead]
     area = torch.linalg.vector_norm(torch.linalg.cross(a, b), dim=-1)
     sine = area / (torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1))
-    return float(sine.quantile(0.02)) > MIN_SINE
+    return float(sine.quantile(0.02))
 
 
 def compute_soft_features(positions: Tensor) -> Tensor:
@@ -112,13 +128,30 @@ class PooledCovariance:
         self.regions = torch.zeros(len(self.centres), 3 * x.shape[1], 3 * x.shape[1], dtype=torch.float64)
 
     def fit(self, positions: Tensor, residuals: Tensor) -> None:
-        """Set the regions' covariances from frames (T, B, 3) and their force residuals ``q - F`` (T, B, 3)."""
+        """Set the regions' covariances from frames (T, B, 3) and their force residuals ``q - F`` (T, B, 3).
+
+        What of the residuals follows the beads is the model's error, not noise: a linear regression on the features
+        (and on the regions) takes it out first, and its leverages make up for what it takes of the noise.
+        """
         x = positions.double()
         y = torch.einsum("tbix,tbx->tbi", self.axes(x), residuals.double()).flatten(1)
         weights = self._weigh(x)
+        basis = self._build_basis(x, weights)
+        y = y - basis @ (basis.T @ y)
+        y = y / torch.sqrt(1.0 - (basis**2).sum(dim=1, keepdim=True)).clamp(min=0.1)
         overall = y.T @ y / len(y)
         sums = torch.stack([(y * w[:, None]).T @ y for w in weights.T])
         self.regions = (sums + SHRINKAGE_FRAMES * overall) / (weights.sum(dim=0) + SHRINKAGE_FRAMES)[:, None, None]
+
+    def _build_basis(self, positions: Tensor, weights: Tensor) -> Tensor:
+        """Orthonormal columns (F, n) of the regression: regions, and the widest features that the frames can carry."""
+        features = compute_soft_features(positions)
+        features = (features - features.mean(dim=0)) / features.std(dim=0).clamp(min=1e-9)
+        most = max(0, len(features) // FRAMES_PER_COEFFICIENT - weights.shape[1])
+        leading = torch.linalg.svd(features, full_matrices=False)[0][:, :most]
+        both = torch.cat([weights, leading], dim=1)
+        vectors, sizes, _ = torch.linalg.svd(both, full_matrices=False)
+        return vectors[:, sizes > 1e-6 * sizes[0]]
 
     def apply(self, positions: Tensor, probes: Tensor) -> Tensor:
         """Covariance times probes, (T, P, B, 3) like the probes, at frames (T, B, 3)."""
@@ -139,7 +172,7 @@ class PooledCovariance:
         local = torch.einsum("tk,kij->tij", weights, self.regions)
         mean = local.diagonal(dim1=1, dim2=2).mean()
         values, vectors = torch.linalg.eigh(local / mean + WHITENING_FLOOR * torch.eye(3 * n_beads, dtype=x.dtype))
-        values = values / (1.0 / values).mean()
+        values = values * (1.0 / values).mean()
         root = (vectors * values[:, None].rsqrt()) @ vectors.transpose(1, 2)
         blocks = root.reshape(-1, n_beads, 3, n_beads, 3)
         turned = torch.einsum("tbix,tbicj,tcjy->tbxcy", axes, blocks, axes)

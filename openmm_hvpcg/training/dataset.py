@@ -133,7 +133,7 @@ def load_dataset(path: PathLike, bead_map: BeadMap | None = None) -> LabelledFra
             hint="label again, or use the mapping of the dataset",
         )
     arrays = {name: read_array(group, name, path) for name in ("positions", "forces", "probes", "hvps", "walker")}
-    if "covariances" in group:
+    if attributes.get("made_from", {}).get("settings", {}).get("averaging") is not None or "covariances" in group:
         arrays["covariances"] = read_array(group, "covariances", path)
     return LabelledFrames(
         **arrays, bead_map=found, temperature_K=temperature, attributes=attributes, name=Path(path).stem

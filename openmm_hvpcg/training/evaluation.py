@@ -19,20 +19,29 @@ from openmm_hvpcg.training.losses import compute_hvp_target, whiten
 from openmm_hvpcg.training.noise import LabelNoise, estimate_noise
 from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared
 
+#: Stretches of the held-out frames behind standard errors.
+N_STRETCHES = 10
+
 
 def evaluate_network(
     network: torch.nn.Module, prepared: Prepared, datasets: Sequence[LabelledFrames]
 ) -> dict[str, Any]:
     """Errors with all probes, over all molecules and, under ``molecules``, for each.
 
-    Keys: ``force_rmse_validation``, ``force_rmse_priors``, ``force_noise`` (kJ/mol/nm, rms per component);
-    ``hvp_rmse_validation``, ``hvp_rmse_priors``, ``hvp_noise`` (kJ/mol/nm^2). Noise is None where too few frames pair.
+    Keys: ``force_rmse_validation``, ``force_rmse_priors``, ``force_rmse_training``, ``force_noise`` (kJ/mol/nm, rms per
+    component); ``hvp_rmse_validation``, ``hvp_rmse_priors``, ``hvp_rmse_training``, ``hvp_noise`` (kJ/mol/nm^2);
+    ``force_rmse_validation_error`` and ``hvp_rmse_validation_error``, standard errors over the held-out frames. Noise
+    is None where too few frames pair. ``loss_terms``: ``force`` and ``hvp`` as the loss sees them (its HVP target, its
+    whitening), what :class:`~openmm_hvpcg.training.diagnosis.TermFigures` holds.
     """
     found = {
         dataset.name: _judge(network, tensors, frames, dataset, prepared.beta)
         for tensors, frames, dataset in zip(prepared.molecules, prepared.validation, datasets, strict=True)
     }
-    return {**_describe(list(found.values())), "molecules": {name: _describe([f]) for name, f in found.items()}}
+    figures = list(found.values())
+    terms = {"force": _describe_term(figures, "loss_force"), "hvp": _describe_term(figures, "loss_hvp")}
+    molecules = {name: _describe([f]) for name, f in found.items()}
+    return {**_describe(figures), "loss_terms": terms, "molecules": molecules}
 
 
 def choose_network_share(network: torch.nn.Module, prepared: Prepared, force_weight: float, hvp_weight: float) -> float:
@@ -62,12 +71,19 @@ def choose_network_share(network: torch.nn.Module, prepared: Prepared, force_wei
 
 @dataclass(frozen=True)
 class _Figures:
-    """Sums of squares of (force, prior force, HVP, prior HVP) residuals, their counts, and the noise."""
+    """Mean squares (2, T) of every frame, of the network's residuals and the priors', by term; and the noise.
 
-    squares: NDArray[np.float64]
-    counts: NDArray[np.float64]
-    noise: LabelNoise | None
-    n_frames: int
+    ``force`` and ``hvp`` are in physical units and free of bias, ``loss_force`` and ``loss_hvp`` as the loss sees them.
+    """
+
+    squares: dict[str, NDArray[np.float64]]
+    noise: dict[str, float | None]
+    n_components: int
+    validation: NDArray[np.int64]
+
+    @property
+    def training(self) -> NDArray[np.int64]:
+        return np.setdiff1d(np.arange(self.squares["force"].shape[1]), self.validation)
 
 
 def _judge(
@@ -77,38 +93,98 @@ def _judge(
     dataset: LabelledFrames,
     beta: float,
 ) -> _Figures:
-    residual, excess = _compute_residuals(network, tensors, beta)
-    own = get_own_covariance(tensors)
-    prior = compute_hvp_target(tensors.hvps, tensors.forces, tensors.probes, beta, *own)
-    rows = torch.from_numpy(validation)
-    held_out = [values[rows].double() for values in (residual, tensors.forces, excess, prior)]
+    forces, hvps = _differentiate(network, tensors)
+    residual, prior = tensors.forces - forces, tensors.forces
+
+    def compute_excess(covariances: Tensor | None, share: float) -> tuple[Tensor, Tensor]:
+        """HVP residuals of the network and of the priors."""
+        target, prior_target = (
+            compute_hvp_target(tensors.hvps, d, tensors.probes, beta, covariances, share) for d in (residual, prior)
+        )
+        return target - hvps, prior_target
+
+    own = compute_excess(*get_own_covariance(tensors))
+    is_pooled = 0.0 < tensors.own_share < 1.0
+    trained = compute_excess(tensors.covariances, tensors.own_share) if is_pooled else own
+    white = tensors.whitening
+    terms = {
+        "force": (residual, prior),
+        "hvp": own,
+        "loss_force": (whiten(residual, white), whiten(prior, white)),
+        "loss_hvp": (whiten(trained[0], white), whiten(trained[1], white)),
+    }
+
+    def estimate(force: Tensor, excess: Tensor) -> LabelNoise | None:
+        law = ProbeLaw.from_attributes(dataset.attributes)
+        return estimate_noise(dataset.positions, dataset.walker, force.numpy(), dataset.probes, excess.numpy(), law)
+
+    noise = estimate(residual, own[0])
+    loss_noise = noise if white is None and not is_pooled else estimate(terms["loss_force"][0], trained[0])
     return _Figures(
-        np.array([float((values**2).sum()) for values in held_out]),
-        np.array([float(values.numel()) for values in held_out]),
-        estimate_noise(
-            dataset.positions,
-            dataset.walker,
-            residual.numpy(),
-            dataset.probes,
-            excess.numpy(),
-            ProbeLaw.from_attributes(dataset.attributes),
-        ),
-        len(dataset.positions),
+        {
+            name: np.stack([(r.double() ** 2).flatten(1).mean(1).numpy() for r in residuals])
+            for name, residuals in terms.items()
+        },
+        {
+            "force": noise.force if noise else None,
+            "hvp": noise.hvp if noise else None,
+            "loss_force": loss_noise.force if loss_noise else None,
+            # Whitened, the residual matrices are not symmetric, and the estimate does not hold.
+            "loss_hvp": loss_noise.hvp if loss_noise and white is None else None,
+        },
+        tensors.forces[0].numel(),
+        validation,
     )
 
 
 def _describe(figures: list[_Figures]) -> dict[str, Any]:
-    rmse = np.sqrt(sum(f.squares for f in figures) / sum(f.counts for f in figures))
-    known = [(f.noise, f.n_frames) for f in figures if f.noise is not None]
-    weights = [n for _, n in known]
+    found: dict[str, Any] = {}
+    for name in ("force", "hvp"):
+        term = _describe_term(figures, name)
+        rmse = float(np.sqrt(term["validation"]))
+        found |= {
+            f"{name}_rmse_validation": rmse,
+            f"{name}_rmse_validation_error": 0.5 * term["validation_error"] / rmse if rmse > 0 else 0.0,
+            f"{name}_rmse_priors": float(np.sqrt(term["priors_validation"])),
+            f"{name}_rmse_training": float(np.sqrt(term["training"])),
+            f"{name}_noise": None if term["noise"] is None else float(np.sqrt(term["noise"])),
+        }
+    return found
+
+
+def _describe_term(figures: list[_Figures], name: str) -> dict[str, Any]:
+    """Mean squares per component of one term over all molecules, a frame counting by its components."""
+    weights = [np.full(f.squares[name].shape[1], f.n_components) for f in figures]
+
+    def average(split: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Means of network, priors and what the network takes off; and their standard errors."""
+        rows = [getattr(f, split) for f in figures]
+        squares = np.concatenate([f.squares[name][:, r] for f, r in zip(figures, rows, strict=True)], axis=1)
+        n = np.concatenate([w[r] for w, r in zip(weights, rows, strict=True)])
+        squares = np.vstack([squares, squares[1] - squares[0]])
+        return np.average(squares, axis=1, weights=n), _compute_errors(squares * n / n.mean())
+
+    (network, priors, _), errors = average("validation")
+    (network_training, priors_training, _), _ = average("training")
+    noise = _average([f.noise[name] for f in figures], [int(w.sum()) for w in weights])
     return {
-        "force_rmse_validation": float(rmse[0]),
-        "force_rmse_priors": float(rmse[1]),
-        "force_noise": _average([noise.force for noise, _ in known], weights),
-        "hvp_rmse_validation": float(rmse[2]),
-        "hvp_rmse_priors": float(rmse[3]),
-        "hvp_noise": _average([noise.hvp for noise, _ in known], weights),
+        "training": float(network_training),
+        "validation": float(network),
+        "priors_training": float(priors_training),
+        "priors_validation": float(priors),
+        "noise": None if noise is None else noise**2,
+        "validation_error": float(errors[0]),
+        "gain_error": float(errors[2]),
     }
+
+
+def _compute_errors(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard errors of means (n, T) from stretches of successive frames, which neighbours resemble."""
+    stretches = np.array_split(values, min(N_STRETCHES, values.shape[1]), axis=1)
+    if len(stretches) < 2:
+        return np.abs(values.mean(axis=1))
+    means = np.stack([part.mean(axis=1) for part in stretches])
+    return np.asarray(means.std(axis=0, ddof=1) / np.sqrt(len(stretches)))
 
 
 def _bind(network: torch.nn.Module, species: Tensor) -> EnergyFunction:
@@ -128,16 +204,10 @@ def get_own_covariance(tensors: MoleculeTensors) -> tuple[Tensor | None, float]:
     return (tensors.covariances, 0.0) if tensors.own_share == 0.0 else (None, 1.0)
 
 
-def _compute_residuals(network: torch.nn.Module, tensors: MoleculeTensors, beta: float) -> tuple[Tensor, Tensor]:
-    """Force residuals (T, B, 3) and HVP residuals ``t(v) - H v`` (T, P, B, 3) of all frames."""
-    own = get_own_covariance(tensors)
-    forces, hvps = [], []
-    for start in range(0, len(tensors.positions), CHUNK_FRAMES):
-        rows = slice(start, start + CHUNK_FRAMES)
-        f, h = compute_forces_and_hvps(_bind(network, tensors.species), tensors.positions[rows], tensors.probes[rows])
-        d = tensors.forces[rows] - f
-        forces.append(d)
-        covariances, share = own
-        part = None if covariances is None else covariances[rows]
-        hvps.append(compute_hvp_target(tensors.hvps[rows], d, tensors.probes[rows], beta, part, share) - h)
-    return torch.cat(forces), torch.cat(hvps)
+def _differentiate(network: torch.nn.Module, tensors: MoleculeTensors) -> tuple[Tensor, Tensor]:
+    """The network's forces (T, B, 3) and HVPs (T, P, B, 3) of all frames."""
+    parts = [
+        compute_forces_and_hvps(_bind(network, tensors.species), x, v)
+        for x, v in zip(tensors.positions.split(CHUNK_FRAMES), tensors.probes.split(CHUNK_FRAMES), strict=True)
+    ]
+    return torch.cat([f for f, _ in parts]), torch.cat([h for _, h in parts])

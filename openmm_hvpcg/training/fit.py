@@ -38,6 +38,7 @@ from openmm_hvpcg.training.derivatives import (
     compute_forces,
     compute_forces_and_hvps,
 )
+from openmm_hvpcg.training.diagnosis import diagnose
 from openmm_hvpcg.training.evaluation import choose_network_share, evaluate_network
 from openmm_hvpcg.training.losses import LossScales, force_loss, hvp_loss
 from openmm_hvpcg.training.models.schnet import build_network, scale_energy
@@ -64,7 +65,9 @@ class FitResult:
     ``hvp_rmse_validation``, ``hvp_rmse_priors``, ``hvp_noise`` (kJ/mol/nm^2); all root mean squares per component;
     ``n_frames``, ``n_validation_frames``, ``epochs``, ``best_epoch``, ``wall_time_s``, ``force_weight``,
     ``hvp_weight``; ``network_share``, what of the network's energy was kept (1: all, 0: the priors alone were
-    as good on the held-out blocks); ``molecules``, the errors and noise of each.
+    as good on the held-out blocks); ``molecules``, the errors and noise of each; ``diagnosis``, whether the labels do
+    (:class:`~openmm_hvpcg.training.diagnosis.Diagnosis`); and more of
+    :func:`~openmm_hvpcg.training.evaluation.evaluate_network`.
     """
 
     network: torch.nn.Module
@@ -143,6 +146,11 @@ def fit_potential(
             " the priors; more frames, or a smaller network, may help",
             arm,
         )
+    own_shares = {d.name: m.own_share for d, m in zip(datasets, prepared.molecules, strict=True)}
+    diagnosis = diagnose(metrics, training, own_shares)
+    metrics["diagnosis"] = diagnosis.to_dict()
+    if diagnosis.warning:
+        logger.warning("%s: %s", arm, diagnosis.warning)
     spec = replace(prepared.spec, metrics=metrics)
     content = {
         "spec": json.loads(spec.to_json()),
@@ -182,7 +190,7 @@ def load_fit(folder: str | Path) -> FitResult:
 def get_hvp_weight(settings: TrainingSettings, prepared: Prepared) -> float:
     """The weight of the HVP term as a number."""
     if settings.hvp_weight == "balanced":
-        return prepared.scales.balance(prepared.beta) * settings.force_weight
+        return prepared.scales.balance(prepared.beta, prepared.force_noise) * settings.force_weight
     return float(settings.hvp_weight)
 
 

@@ -53,24 +53,27 @@ class LossScales:
     force: float
     hvp: float
 
-    def balance(self, beta: float) -> float:
+    def balance(self, beta: float, noise: float | None = None) -> float:
         """Weight of the HVP term at which both normalised terms count by the information they hold.
 
         With force noise of variance ``s`` a component, ``beta d d^T`` has noise of variance ``(beta s)^2`` an element,
         twice that on the diagonal, and each element of the symmetric Hessian is seen twice: a Gaussian likelihood of
-        both is ``|F - q|^2 / s + |A v|^2 / (2 (beta s)^2)``. ``s`` is taken from what the priors leave of the forces.
+        both is ``|F - q|^2 / s + |A v|^2 / (2 (beta s)^2)``. Averaging over n inner samples divides both by n.
+
+        Parameters
+        ----------
+        beta : 1/kT
+        noise : ``s``, of forces that are not averaged; None: what the priors leave of the forces
         """
-        return self.hvp / (2.0 * beta**2 * self.force**2)
+        return self.hvp / (2.0 * beta**2 * self.force * (self.force if noise is None else noise))
 
 
 def whiten(residual: Tensor, whitening: Tensor | None) -> Tensor:
     """Residuals (F, ..., B, 3) times the whitening matrix of each frame."""
     if whitening is None:
         return residual
-    flat = residual.flatten(-2)
-    return (flat.unsqueeze(-2) @ whitening.reshape(len(flat), *[1] * (flat.dim() - 2), *whitening.shape[1:])).squeeze(
-        -2
-    )
+    rows = residual.reshape(len(residual), -1, whitening.shape[-1])
+    return (rows @ whitening).reshape(residual.shape)
 
 
 def force_loss(forces: Tensor, projected_forces: Tensor, scales: LossScales, whitening: Tensor | None = None) -> Tensor:

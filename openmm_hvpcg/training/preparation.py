@@ -49,6 +49,7 @@ class Prepared:
     prior_validation : force and HVP loss of the priors alone on the validation frames, normalised
     spec : priors, species, provenance
     beta : 1/kT, mol/kJ
+    force_noise : variance a component of forces at held beads, from inner samples; None where labels are not averaged
     pooled : for each molecule its pooled covariance, fitted to what the priors leave; None where none is used
     """
 
@@ -59,6 +60,7 @@ class Prepared:
     prior_validation: tuple[float, float]
     spec: PotentialSpec
     beta: float
+    force_noise: float | None
     pooled: list[PooledCovariance | None]
 
     def pool_covariances(self, residuals: Sequence[Tensor]) -> None:
@@ -112,8 +114,23 @@ def prepare(
         (prior_force / scales.force, prior_hvp / scales.hvp),
         spec,
         beta,
+        _measure_noise(datasets, splits),
         pooled,
     )
+
+
+def _measure_noise(
+    datasets: Sequence[LabelledFrames], splits: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
+) -> float | None:
+    """Mean variance of a force component at held beads, ``E[v . C v] / 3B`` for probes with E[v v^T] = 1."""
+    total, count = 0.0, 0.0
+    for dataset, (frames, _) in zip(datasets, splits, strict=True):
+        if dataset.covariances is None:
+            return None
+        v = dataset.probes[frames].astype(np.float64)
+        total += float((v * dataset.covariances[frames]).sum())
+        count += float((v**2).sum())
+    return total / count
 
 
 def apply_pooled(pooled: PooledCovariance, molecule: MoleculeTensors) -> None:
@@ -130,22 +147,20 @@ def _choose_covariance(
     kind = settings.covariance
     if kind == "auto":
         kind = "pooled" if dataset.covariances is None else "sample"
+    if (kind == "sample") != (dataset.covariances is not None):
+        raise _explain_mismatch(kind, dataset.name)
     if kind == "sample":
-        if dataset.covariances is None:
-            raise DataError(
-                "covariance: sample needs labels by conditional averaging",
-                where=dataset.name,
-                hint="set labels.averaging and label again, or covariance: pooled",
-            )
-        molecule = replace(molecule, covariances=torch.from_numpy(dataset.covariances), own_share=0.0)
+        molecule = replace(molecule, covariances=torch.as_tensor(dataset.covariances), own_share=0.0)
     if kind != "pooled" and settings.whiten == "none":
         return molecule, None
     rows = torch.from_numpy(frames)
     try:
         pooled = PooledCovariance(molecule.positions[rows], settings.covariance_regions, settings.seed)
     except ValueError:
-        if settings.covariance == "pooled" or settings.whiten != "none":
+        if kind == "pooled" and settings.hvp_weight != 0:
             logger.warning("%s: beads on a line have no local axes: each frame's own covariance is used", dataset.name)
+        if settings.whiten != "none":
+            logger.warning("%s: beads on a line have no local axes: residuals are not whitened", dataset.name)
         return molecule, None
     pooled.fit(molecule.positions[rows], molecule.forces[rows])
     if settings.whiten == "noise":
@@ -156,6 +171,21 @@ def _choose_covariance(
     molecule = replace(molecule, own_share=share, covariances=torch.empty_like(molecule.hvps))
     apply_pooled(pooled, molecule)
     return molecule, pooled
+
+
+def _explain_mismatch(kind: str, name: str) -> DataError:
+    if kind == "sample":
+        return DataError(
+            "covariance: sample needs labels by conditional averaging",
+            where=name,
+            hint="set labels.averaging and label again, or covariance: pooled",
+        )
+    # Averaged forces scatter less than those of frames: their covariance is not the one of the target.
+    return DataError(
+        f"covariance: {kind} needs labels of frames, and these are conditional averages",
+        where=name,
+        hint="set covariance: auto or sample",
+    )
 
 
 def _build_spec(

@@ -339,6 +339,78 @@ def test_plots_have_labels_units_and_legends(comparisons, training) -> None:
     assert re.search(r"kJ/mol/nm\)", figures[5].axes[0].get_ylabel())  # type: ignore[union-attr]
 
 
+def describe_diagnosis(**changes: Any) -> dict[str, Any]:
+    force = {
+        "verdict": "too few", "noise": 390.0, "irreducible": 0.93, "error": 109.0, "error_uncertainty": 12.0,
+        "error_is_bound": False, "explained": 0.8, "learnt": 0.71, "learnt_error": 0.06, "n_frames_needed": 14000,
+        "is_lower_bound": False,
+    }  # fmt: skip
+    unknown = {
+        **dict.fromkeys(force), "verdict": "nothing learnt", "error_is_bound": False,
+        "n_frames_needed": 36000, "is_lower_bound": True,
+    }  # fmt: skip
+    found = {
+        "n_frames": 4000, "target": 0.9, "force": force, "hvp": unknown, "irreducible": None,
+        "weights": ["weight <one>"], "remarks": ["a remark"], "warning": "too few <labels>",
+    }  # fmt: skip
+    return {**found, **changes}
+
+
+def describe_loss_terms() -> dict[str, Any]:
+    force = {"training": 110.0**2, "priors_training": 700.0**2, "priors_validation": 690.0**2, "noise": 100.0**2}
+    return {"force": force, "hvp": {**force, "noise": None}}
+
+
+def test_training_says_whether_the_labels_do(training, tmp_path: Path) -> None:
+    judged = {
+        "fm": describe_training(diagnosis=describe_diagnosis(), loss_terms=describe_loss_terms(), best_epoch=3),
+        "hvp": describe_training(diagnosis=describe_diagnosis(warning=None, irreducible=0.42)),
+        "bad": training["bad"],  # from before there was a diagnosis
+    }
+    path = write_report(tmp_path, {}, judged, {}, {})
+    cells = [t.strip() for t in parse(path).text]
+    for expected in ("390", "93 %", "109 ± 12", "80 %", "71 ± 6 %", "about 14,000", "at least 36,000", "unknown"):
+        assert cells.count(expected) >= 2, expected
+    assert cells.count("weight <one>") == cells.count("a remark") == 2
+    assert "Of the weighted validation loss, 42 % is noise of the labels." in cells
+    html = path.read_text(encoding="utf-8")
+    assert html.count('<p class="bad">') == 1
+    assert '<p class="bad">Arm <b>fm</b>: too few &lt;labels&gt;</p>' in html
+    bound = describe_diagnosis(force={**describe_diagnosis()["force"], "error_is_bound": True})
+    judged["fm"]["diagnosis"] = bound
+    assert "below 109" in [t.strip() for t in parse(write_report(tmp_path, {}, judged, {}, {})).text]
+
+
+def test_results_without_a_diagnosis_have_no_verdict(report: Path) -> None:
+    assert "Are the labels enough" not in report.read_text(encoding="utf-8")
+
+
+def test_curves_have_noise_and_priors_as_the_loss_sees_them() -> None:
+    figures = describe_training(loss_terms=describe_loss_terms(), best_epoch=3)
+    assert plots.get_loss_figure(figures, "force", "noise") == 100.0
+    assert plots.get_loss_figure(figures, "hvp", "noise") is None
+    # What is left of training frames, had they been given what the held-out ones were: 110^2 - 700^2 + 690^2 < 0.
+    assert plots.get_loss_figure(figures, "force", "training") is None
+    figures["loss_terms"]["force"]["training"] = 160.0**2
+    expected = (160.0**2 - 700.0**2 + 690.0**2) ** 0.5
+    assert plots.get_loss_figure(figures, "force", "training") == pytest.approx(expected)
+    assert plots.get_loss_figure(describe_training(), "force", "noise") == 390.0
+    assert plots.get_loss_figure(describe_training(), "force", "training") is None
+    figure = plots.plot_training({"fm": figures}, {"fm": "red"})
+    assert figure is not None
+    force, hvp, loss = figure.axes
+    levels = {
+        line.get_linestyle(): line.get_ydata()[0]
+        for line in force.lines
+        if line.get_color() == "black" and len(line.get_ydata())
+    }
+    assert levels == {"--": 100.0, ":": 690.0}
+    circles = [line for line in force.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    assert [line.get_xdata()[0] for line in circles] == [4]  # the epoch kept, 3 from 0, is the fourth
+    assert not any(line.get_linestyle() == "--" for line in hvp.lines)
+    assert {line.get_linestyle() for line in loss.lines} == {"-", "-."}
+
+
 def test_training_without_curves_has_no_plot(training) -> None:
     assert plots.plot_training({"bad": training["bad"]}, {"bad": "black"}) is None
     assert plots.plot_divergences({}, {}) is None

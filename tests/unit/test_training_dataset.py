@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from training_cases import build_labels
 
 from openmm_hvpcg.errors import DataError
@@ -48,6 +49,23 @@ def test_hash_tells_labels_apart():
     assert data.hash != replace(data, forces=data.forces * 1.0001).hash
 
 
+def test_averaged_labels_carry_their_covariances():
+    data = build_labels(30, force_noise=10.0, n_samples=5)
+    bare = replace(data, covariances=None)
+    assert data.hash != bare.hash
+    assert data.hash != replace(data, covariances=data.covariances * np.float32(1.0001)).hash
+    rows = np.array([7, 3])
+    np.testing.assert_array_equal(data.select(rows).covariances, data.covariances[rows])
+    np.testing.assert_array_equal(data.select(rows).hvps, data.hvps[rows])
+    assert bare.select(rows).covariances is None
+    with pytest.raises(DataError, match="'covariances' has the wrong shape"):
+        replace(data, covariances=data.covariances[:, :2])
+    broken = data.covariances.copy()
+    broken[4, 0, 0, 0] = np.inf
+    with pytest.raises(DataError, match="covariances hold NaN or infinity, first in frame 4"):
+        replace(data, covariances=broken)
+
+
 @pytest.fixture
 def sampler():
     return BatchSampler([np.arange(10), np.arange(5, 12)], [3, 2], 4, shuffle=True, seed=1)
@@ -77,13 +95,19 @@ def test_order_is_fixed_by_seed_and_epoch(sampler):
 
 
 def test_batch_holds_the_probes_it_was_asked_for():
-    import torch
-
-    data = build_labels(30)
-    tensors = MoleculeTensors(
-        *(torch.from_numpy(getattr(data, n)) for n in ("positions", "forces", "probes", "hvps")), torch.arange(5)
+    data = build_labels(30, force_noise=10.0, n_samples=5)
+    positions, forces, probes, hvps, covariances = (
+        torch.from_numpy(getattr(data, n)) for n in ("positions", "forces", "probes", "hvps", "covariances")
     )
-    batch = FrameBatches([tensors])[(0, np.array([4, 2]), np.array([[1], [2]]))]
-    assert torch.equal(batch.probes[:, 0], torch.stack([tensors.probes[4, 1], tensors.probes[2, 2]]))
-    assert torch.equal(batch.hvps[:, 0], torch.stack([tensors.hvps[4, 1], tensors.hvps[2, 2]]))
-    assert torch.equal(batch.forces, tensors.forces[[4, 2]])
+    whitening = torch.randn(30, 15, 15, generator=torch.Generator().manual_seed(0))
+    tensors = MoleculeTensors(positions, forces, probes, hvps, torch.arange(5), covariances, 0.25, whitening)
+    index = (0, np.array([4, 2]), np.array([[1], [2]]))
+    batch = FrameBatches([tensors])[index]
+    for name in ("probes", "hvps", "covariances"):
+        source = getattr(tensors, name)
+        assert torch.equal(getattr(batch, name)[:, 0], torch.stack([source[4, 1], source[2, 2]]))
+    for name in ("positions", "forces", "whitening"):
+        assert torch.equal(getattr(batch, name), getattr(tensors, name)[[4, 2]])
+    assert batch.own_share == 0.25
+    assert torch.equal(batch.species, torch.arange(5))
+    assert FrameBatches([replace(tensors, whitening=None)])[index].whitening is None

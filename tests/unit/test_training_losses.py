@@ -1,11 +1,19 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from test_training_models import SPECIES, build_random_network, sample_frames
 
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
-from openmm_hvpcg.training.losses import LossScales, compute_correction, compute_hvp_target, force_loss, hvp_loss
+from openmm_hvpcg.training.losses import (
+    LossScales,
+    compute_correction,
+    compute_hvp_target,
+    force_loss,
+    hvp_loss,
+    whiten,
+)
 
 SCALES = LossScales(4.0, 9.0)
 
@@ -79,3 +87,85 @@ def test_probe_average_is_the_frobenius_norm():
     zero = torch.zeros(1, 2, 3, dtype=torch.float64)
     value = hvp_loss(model, torch.zeros_like(model), zero, signs, 1.0, LossScales(1.0, 1.0))
     torch.testing.assert_close(value, (difference**2).sum() / 6)
+
+
+def test_frame_target_is_that_of_the_paper():
+    """``t(v) = p(v) - beta d (d . v)``, to the last bit where nothing is pooled."""
+    d, v, p = draw(0, 5, 4, 3), draw(1, 5, 2, 4, 3), draw(2, 5, 2, 4, 3)
+    expected = p - 0.3 * torch.einsum("fbx,fpbx->fp", d, v)[:, :, None, None] * d[:, None]
+    assert torch.equal(compute_hvp_target(p, d, v, 0.3), expected)
+    assert torch.equal(compute_hvp_target(p, d, v, 0.3, torch.zeros_like(v), 1.0), expected)
+
+
+def test_pooled_target_mixes_own_and_pooled_covariance():
+    d, v, p, pooled = draw(0, 5, 4, 3), draw(1, 5, 2, 4, 3), draw(2, 5, 2, 4, 3), draw(3, 5, 2, 4, 3)
+    own = compute_correction(d, v, 0.3)
+    expected = p - 0.25 * own - 0.75 * 0.3 * pooled
+    torch.testing.assert_close(compute_hvp_target(p, d, v, 0.3, pooled, 0.25), expected)
+
+
+def test_target_of_inner_samples_knows_no_model():
+    v, p, samples = draw(1, 5, 2, 4, 3), draw(2, 5, 2, 4, 3), draw(3, 5, 2, 4, 3)
+    targets = [compute_hvp_target(p, draw(seed, 5, 4, 3), v, 0.3, samples, 0.0) for seed in (7, 8)]
+    assert torch.equal(targets[0], targets[1])
+    torch.testing.assert_close(targets[0], p - 0.3 * samples)
+
+
+def test_whitening_multiplies_each_frame_by_its_matrix():
+    white, d, h = draw(0, 5, 12, 12), draw(1, 5, 4, 3), draw(2, 5, 2, 4, 3)
+    white = white + white.transpose(1, 2)
+    torch.testing.assert_close(
+        whiten(d, white), torch.stack([w @ x.flatten() for w, x in zip(white, d)]).reshape(d.shape)
+    )
+    for k in range(2):
+        torch.testing.assert_close(whiten(h, white)[:, k], whiten(h[:, k], white))
+    assert whiten(d, None) is d
+    f, v, p = draw(3, 5, 4, 3), draw(4, 5, 2, 4, 3), draw(5, 5, 2, 4, 3)
+    torch.testing.assert_close(force_loss(f, d, SCALES, white), (whiten(f - d, white) ** 2).mean() / 4)
+    target = compute_hvp_target(p, d - f, v, 0.4)
+    torch.testing.assert_close(
+        hvp_loss(h, p, d - f, v, 0.4, SCALES, whitening=white), (whiten(h - target, white) ** 2).mean() / 9
+    )
+
+
+def test_balanced_weight_is_its_formula():
+    assert LossScales(4.0, 9.0).balance(0.4) == pytest.approx(9.0 / (2 * 0.4**2 * 4.0**2), rel=1e-12)
+    assert LossScales(4.0, 9.0).balance(0.4, noise=6.0) == pytest.approx(9.0 / (2 * 0.4**2 * 4.0 * 6.0), rel=1e-12)
+
+
+def test_balanced_loss_does_not_depend_on_the_scales():
+    """Another scale of the HVP term changes nothing, and neither do other units of energy or length."""
+    f, q = draw(0, 5, 4, 3), draw(1, 5, 4, 3)
+    v, p, h = draw(2, 5, 2, 4, 3), draw(3, 5, 2, 4, 3), draw(4, 5, 2, 4, 3)
+
+    def combine(scales: LossScales, energy: float = 1.0, length: float = 1.0) -> torch.Tensor:
+        beta, force, hvp = 0.4 / energy, energy / length, energy / length**2
+        scales = LossScales(scales.force * force**2, scales.hvp * hvp**2)
+        second = hvp_loss(h * hvp, p * hvp, (q - f) * force, v, beta, scales)
+        return force_loss(f * force, q * force, scales) + scales.balance(beta) * second
+
+    loss = combine(SCALES)
+    torch.testing.assert_close(combine(LossScales(4.0, 900.0)), loss)
+    torch.testing.assert_close(combine(SCALES, energy=4.184), loss)
+    torch.testing.assert_close(combine(SCALES, energy=1.0, length=10.0), loss)
+
+
+def test_noise_of_the_frame_correction_is_what_the_balance_says():
+    """Elements of ``beta d d^T`` for normal d of variance s: variance (beta s)^2, and twice that on the diagonal.
+
+    400,000 draws of 4 components. The relative error of a variance is sqrt((kurtosis - 1) / n): products of two normal
+    numbers have kurtosis 9, squares of one 15: 0.45 and 0.6 %. 10 elements at 5 standard errors: false-alarm rate 1e-5.
+    """
+    beta, s = 0.4, 7.0
+    d = np.sqrt(s) * np.random.default_rng(0).standard_normal((400_000, 4))
+    variances = (beta * d[:, :, None] * d[:, None]).var(axis=0)
+    expected = (beta * s) ** 2 * (1 + np.eye(4))
+    error = expected * np.sqrt(np.where(np.eye(4), 14, 8) / len(d))
+    assert (np.abs(variances - expected) < 5 * error).all()
+    # Hence the likelihood: sum over pairs A_ij^2 / (beta s)^2 + diagonal A_ii^2 / 2 (beta s)^2 = |A|^2 / 2 (beta s)^2.
+    a = np.random.default_rng(1).standard_normal((4, 4))
+    a = a + a.T
+    likelihood = (a[np.triu_indices(4)] ** 2 / expected[np.triu_indices(4)]).sum()
+    assert likelihood == pytest.approx((a**2).sum() / (2 * (beta * s) ** 2), rel=1e-12)
+    # Per component, beside |F - q|^2 / s, that is the balanced weight for scales (s, m): m / (2 beta^2 s^2).
+    assert LossScales(s, 5.0).balance(beta) / 5.0 * s == pytest.approx(1 / (2 * beta**2 * s), rel=1e-12)

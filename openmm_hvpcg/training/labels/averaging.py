@@ -31,18 +31,20 @@ def average_labels(samples: HeldSamples, probes: NDArray[np.floating]) -> Averag
     """Mean force, mean HVP and covariance times probes from the samples at one frame.
 
     The samples of a short chain are correlated, and their scatter about their own mean misses the variance of that
-    mean. The halves of the chain show it: their means differ by four times that variance, so that a quarter of the
-    square of the difference is added. Independent samples get the usual n/(n-1) this way, and no model takes part.
+    mean. The halves of the chain show it: the square of the difference of their means is four times that variance, so
+    that a quarter of it is added. Independent samples get the usual n/(n-1) this way, and no model takes part.
 
     Parameters
     ----------
-    samples : forces (n, B, 3), n even, and hvps (m, P, B, 3)
+    samples : forces (n, B, 3) and hvps (m, P, B, 3)
     probes : (P, B, 3)
     """
     q = samples.forces
     mean = q.mean(axis=0)
     half = len(q) // 2
-    between = 0.5 * (q[:half].mean(axis=0) - q[half : 2 * half].mean(axis=0))
+    # An odd number has no equal halves, and a little less than a quarter.
+    share = np.sqrt(half * (len(q) - half)) / len(q)
+    between = share * (q[:half].mean(axis=0) - q[half:].mean(axis=0))
     deviations = np.concatenate([(q - mean) / np.sqrt(len(q)), between[None]])
     along = np.einsum("nbx,pbx->np", deviations, probes)
     return AveragedLabels(mean, samples.hvps.mean(axis=0), np.einsum("np,nbx->pbx", along, deviations))
