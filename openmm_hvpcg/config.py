@@ -290,6 +290,17 @@ class TrainingSettings(Settings):
         return self
 
 
+#: What trainings made before these keys existed were made with.
+TRAINING_BEFORE: dict[str, Any] = {
+    "hvp_start": 0.0,
+    "covariance": "frame",
+    "covariance_frames": TrainingSettings.model_fields["covariance_frames"].default,
+    "covariance_regions": TrainingSettings.model_fields["covariance_regions"].default,
+    "whiten": "none",
+    "schedule": "plateau",
+}
+
+
 class SimulationSettings(Settings):
     """CG molecular dynamics."""
 

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel
 
 from openmm_hvpcg.config import (
+    TRAINING_BEFORE,
     MoleculeSettings,
     Protocol,
     ReferenceSettings,
@@ -41,6 +42,7 @@ BEFORE = {
     "labels.probe_modes": None,
     "labels.probe_translations": "keep",
     "labels.averaging": None,
+    **{f"training.{key}": value for key, value in TRAINING_BEFORE.items()},
 }
 
 

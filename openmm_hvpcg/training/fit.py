@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
+from openmm_hvpcg.config import TRAINING_BEFORE, ModelSettings, PriorSettings, TrainingSettings
 from openmm_hvpcg.cores import choose_torch_threads, use_torch_threads
 from openmm_hvpcg.errors import BackendError, DataError, PotentialError, StudyError
 from openmm_hvpcg.potential import PotentialSpec
@@ -361,10 +361,14 @@ class _Recorder(Callback):
         self.advance(1)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"curves": self.curves, "seconds": self.seconds_before + time.perf_counter() - self._began}
+        # As text: hundreds of rows of Python numbers would take most of the time of writing a checkpoint.
+        seconds = self.seconds_before + time.perf_counter() - self._began
+        return {"curves": json.dumps(self.curves), "seconds": seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.curves, self.seconds_before = state_dict["curves"], state_dict["seconds"]
+        curves = state_dict["curves"]
+        self.curves = json.loads(curves) if isinstance(curves, str) else curves
+        self.seconds_before = state_dict["seconds"]
 
 
 def _check_folder(folder: Path, made_from: dict[str, Any]) -> None:
@@ -375,7 +379,8 @@ def _check_folder(folder: Path, made_from: dict[str, Any]) -> None:
     changed = []
     for section, new in made_from.items():
         if isinstance(new, dict):
-            changed += describe_changes(section, old.get(section, {}), new)
+            before = TRAINING_BEFORE if section == "training" else {}
+            changed += describe_changes(section, {**before, **old.get(section, {})}, new)
         elif old.get(section) != new:
             changed.append(f"{section} ({old.get(section)} -> {new})")
     if changed:

@@ -46,7 +46,8 @@ class Prepared:
     molecules : tensors without the priors' part
     training, validation : frames of each molecule
     scales : of the loss, from the training frames
-    prior_validation : force and HVP loss of the priors alone on the validation frames, normalised
+    prior_validation : force and HVP loss of the priors alone on the validation frames, normalised, with the first probe
+        of each, as in training
     spec : priors, species, provenance
     beta : 1/kT, mol/kJ
     force_noise : variance a component of forces at held beads, from inner samples; None where labels are not averaged
@@ -105,7 +106,7 @@ def prepare(
     scales = LossScales(*_mean_squares(molecules, [s[0] for s in splits], beta))
     if not (scales.force > 0 and scales.hvp > 0):
         raise DataError("the labels hold nothing to learn: forces or HVPs are all zero", where=datasets[0].name)
-    prior_force, prior_hvp = _mean_squares(molecules, [s[1] for s in splits], beta)
+    prior_force, prior_hvp = _mean_squares(molecules, [s[1] for s in splits], beta, n_probes=1)
     return Prepared(
         molecules,
         [s[0] for s in splits],
@@ -238,15 +239,15 @@ def _remove_priors(dataset: LabelledFrames, spec: PotentialSpec) -> MoleculeTens
 
 
 def _mean_squares(
-    molecules: Sequence[MoleculeTensors], frames: Sequence[NDArray[np.int64]], beta: float
+    molecules: Sequence[MoleculeTensors], frames: Sequence[NDArray[np.int64]], beta: float, n_probes: int | None = None
 ) -> tuple[float, float]:
-    """Mean squares per component of what the priors leave of forces and of HVP targets."""
+    """Mean squares per component of what the priors leave of forces and of HVP targets, all or the first so many."""
     force, hvp, n_force, n_hvp = 0.0, 0.0, 0, 0
     for m, index in zip(molecules, frames, strict=True):
         rows = torch.from_numpy(index)
-        d, p, v = m.forces[rows].double(), m.hvps[rows].double(), m.probes[rows].double()
+        d, p, v = m.forces[rows].double(), m.hvps[rows, :n_probes].double(), m.probes[rows, :n_probes].double()
         white = None if m.whitening is None else m.whitening[rows].double()
-        target = compute_hvp_target(p, d, v, beta, m.covariances[rows].double(), m.own_share)
+        target = compute_hvp_target(p, d, v, beta, m.covariances[rows, :n_probes].double(), m.own_share)
         force, n_force = force + float((whiten(d, white) ** 2).sum()), n_force + d.numel()
         hvp, n_hvp = hvp + float((whiten(target, white) ** 2).sum()), n_hvp + target.numel()
     return force / n_force, hvp / n_hvp

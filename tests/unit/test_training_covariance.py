@@ -83,7 +83,8 @@ def test_axes_stay_clear_of_lines():
     # 0.001 nm in 0.1 nm: sines of 0.01, below the least that counts.
     assert choose_axes(torch.from_numpy(line + shake)) is None
     assert choose_axes(torch.from_numpy((line + shake)[:, :2])) is None
-    bent = line + [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0.1, 0]]
+    bent = line.copy()
+    bent[3, 1] = 0.1
     axes = choose_axes(torch.from_numpy(bent + shake))
     # Beads 0, 1 and 2 are on a line: none of them is seen from the other two alone.
     assert all(3 in (int(axes.first[b]), int(axes.second[b])) for b in range(3))

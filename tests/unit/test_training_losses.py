@@ -115,7 +115,7 @@ def test_whitening_multiplies_each_frame_by_its_matrix():
     white, d, h = draw(0, 5, 12, 12), draw(1, 5, 4, 3), draw(2, 5, 2, 4, 3)
     white = white + white.transpose(1, 2)
     torch.testing.assert_close(
-        whiten(d, white), torch.stack([w @ x.flatten() for w, x in zip(white, d)]).reshape(d.shape)
+        whiten(d, white), torch.stack([w @ x.flatten() for w, x in zip(white, d, strict=True)]).reshape(d.shape)
     )
     for k in range(2):
         torch.testing.assert_close(whiten(h, white)[:, k], whiten(h[:, k], white))

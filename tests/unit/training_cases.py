@@ -39,12 +39,13 @@ def build_labels(
     stiffness: float = 2000.0,
     rest: np.ndarray = REST,
     n_samples: int | None = None,
+    hvp_noise: float = 0.0,
 ) -> LabelledFrames:
     """Springs in the distances of all pairs: exact forces and HVPs, plus independent force noise.
 
     The noise of a frame comes with its Hessian share ``+beta n n^T``, as the hidden atoms' covariance does, so that the
     mean HVP target is the Hessian of the springs. With ``n_samples`` they are conditional averages: of so many samples
-    for the force, and exact for the HVP and the covariance.
+    for the force, and exact for the HVP and the covariance. ``hvp_noise`` is independent noise of the HVPs on top.
     """
     rng = np.random.default_rng(seed)
     n_beads = len(rest)
@@ -61,6 +62,7 @@ def build_labels(
     else:
         covariances = (force_noise**2 * probes).astype(np.float32)
         hvps, noise = hvps + covariances / KT, noise / np.sqrt(n_samples)
+    hvps = hvps + hvp_noise * rng.standard_normal(hvps.shape)
     return LabelledFrames(
         positions.astype(np.float32),
         (forces + noise).astype(np.float32),
