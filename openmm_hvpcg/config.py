@@ -142,7 +142,7 @@ class LabelSettings(Settings):
     """Projected forces and Hessian-vector products."""
 
     force_map: Literal["slice", "harmonic", "optimal", "optimal_cv"] = Field(
-        "optimal", description="harmonic: smooth along bonds; optimal: fitted; optimal_cv: fitted, kept near harmonic"
+        "optimal_cv", description="harmonic: smooth along bonds; optimal: fitted; optimal_cv: between the two"
     )
     probes_per_frame: int = Field(4, ge=1)
     probe_law: Literal["rademacher", "normal", "soft"] = Field(
@@ -255,7 +255,7 @@ class TrainingSettings(Settings):
         " inner samples (conditional averaging); auto: sample where the labels have it, else pooled",
     )
     covariance_frames: float = Field(
-        700.0, gt=0, description="pooled: with so many training frames, a frame's own covariance counts half"
+        7000.0, gt=0, description="pooled: with so many training frames, a frame's own covariance counts half"
     )
     covariance_regions: int = Field(4, ge=1, description="pooled: regions of the soft coordinates")
     whiten: Literal["none", "noise"] = Field(

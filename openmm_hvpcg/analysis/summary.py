@@ -61,7 +61,16 @@ _TRAINING_KEYS = {
     "best_epoch": "epoch whose weights were kept, from 0",
     "force_weight": "weight of the force term in the loss",
     "hvp_weight": "weight of the HVP term in the loss",
+    "network_share": "what of the network's energy was kept, 0 to 1; below 1 the held-out frames asked for less",
     "wall_time_s": "wall time of the training (s)",
+}
+#: Training figures that the report shows and the summary leaves out.
+NOT_SUMMARISED = {
+    "curves",
+    "molecules",
+    "diagnosis",
+    "loss_terms",
+    *(f"{term}_rmse_{kind}" for term in ("force", "hvp") for kind in ("training", "validation_error")),
 }
 _SIMULATION_KEYS = {
     "simulated_ns": "CG simulation, sum over the replicas (ns)",
@@ -186,7 +195,7 @@ def build_summary(
             },
         }
     for arm, figures in training.items():
-        if unknown := set(figures) - set(_TRAINING_KEYS) - {"curves", "molecules"}:
+        if unknown := set(figures) - set(_TRAINING_KEYS) - NOT_SUMMARISED:
             logger.info("arm %s: not in the summary: %s", arm, ", ".join(sorted(unknown)))
     content = {
         "format": "openmm-hvpcg/summary",

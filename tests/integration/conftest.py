@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from cli_process import REPOSITORY
 
 #: Shrinks a protocol to seconds. Reference: the one platform on which a run repeats bit for bit.
@@ -32,6 +33,14 @@ SHRINK = (
     "simulation.n_steps=200",
     "simulation.save_every=10",
     "simulation.platform=Reference",
+)
+#: The same for a protocol that asks for a PMF reference; setting a key of the section would turn it on in the others.
+SHRINK_REFERENCE = (
+    "reference.n_frames=3",
+    "reference.n_samples=40",
+    "reference.hvp_every=2",
+    "reference.stride=1",
+    "reference.platform=Reference",
 )
 PROTOCOLS = sorted((REPOSITORY / "protocols").glob("*/protocol.yaml"))
 DEMO = REPOSITORY / "protocols" / "alanine_dipeptide" / "protocol.yaml"
@@ -61,9 +70,11 @@ def run_protocol(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], S
     def run(protocol: Path) -> Shown:
         if protocol not in runs:
             out = tmp_path_factory.mktemp(protocol.parent.name) / "study"
+            wants_reference = yaml.safe_load(protocol.read_text(encoding="utf-8")).get("reference") is not None
+            more = SHRINK_REFERENCE if wants_reference else ()
             script = Path(sys.executable).with_name("openmm-hvpcg")
             done = subprocess.run(
-                [str(script), "run", str(protocol), "--out", str(out), *set_options()],
+                [str(script), "run", str(protocol), "--out", str(out), *set_options(*more)],
                 env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
                 capture_output=True,
                 text=True,
