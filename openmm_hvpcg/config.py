@@ -269,7 +269,11 @@ class TrainingSettings(Settings):
     weight_decay: float = Field(0.0, ge=0)
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     max_epochs: int = Field(200, ge=1)
-    patience: int = Field(20, ge=1, description="epochs without a better validation loss before stopping")
+    patience: int = Field(
+        20,
+        ge=1,
+        description="plateau: epochs without a better validation loss before stopping; a cosine runs on",
+    )
     validation_fraction: float = Field(0.2, gt=0, lt=1)
     validation_blocks: int = Field(5, ge=1, description="time blocks that make up the validation set")
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"

@@ -328,7 +328,7 @@ def evaluate_system(
     """
     integrator = openmm.VerletIntegrator(0.001)
     context = openmm.Context(system, integrator, openmm.Platform.getPlatformByName("Reference"))
-    wanted: dict[str, Any] = {} if groups is None else {"groups": groups}
+    wanted: dict[str, Any] = {} if groups is None else {"groups": sum(1 << g for g in groups)}
 
     def evaluate(frame: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         context.setPositions(frame)

@@ -306,7 +306,7 @@ def _compute_irreducible(figures: Mapping[str, TermFigures], weights: Mapping[st
     """Share of the weighted validation loss that is noise."""
     noise = loss = 0.0
     for name, term in figures.items():
-        if weights[name] == 0:
+        if weights[name] == 0 or term.priors_training == 0:
             continue
         if term.noise is None:
             return None

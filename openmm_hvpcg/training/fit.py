@@ -248,7 +248,12 @@ class MatchingModule(lightning.LightningModule):
 
     @property
     def first_hvp_epoch(self) -> int:
-        return int(self.settings.hvp_start * self.settings.max_epochs)
+        return round(self.settings.hvp_start * self.settings.max_epochs)
+
+    @property
+    def has_more_to_come(self) -> bool:
+        """Whether stopping now would miss a part of the training: the HVPs, or the end of the cosine."""
+        return self.settings.schedule == "cosine" or self.current_epoch < self.first_hvp_epoch
 
     def on_train_epoch_start(self) -> None:
         """Pool the covariances anew a few times, from the residuals of the model of the day."""
@@ -321,6 +326,14 @@ class MatchingModule(lightning.LightningModule):
             if pooled is not None and regions is not None:
                 pooled.regions = regions.cpu()
                 apply_pooled(pooled, molecule)
+
+
+class _Patience(EarlyStopping):
+    """Does not count while forces are alone, nor with a cosine: what is to come still has to have its turn."""
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if isinstance(pl_module, MatchingModule) and not pl_module.has_more_to_come:
+            super().on_train_epoch_end(trainer, pl_module)
 
 
 class _Recorder(Callback):
@@ -434,7 +447,7 @@ def _train(
             devices=1,
             max_epochs=settings.max_epochs,
             gradient_clip_val=settings.gradient_clip,
-            callbacks=[recorder, EarlyStopping("val_loss", patience=settings.patience), checkpoint],
+            callbacks=[recorder, _Patience("val_loss", patience=settings.patience), checkpoint],
             logger=[
                 CSVLogger(folder / "logs", name="", version="csv"),
                 TensorBoardLogger(folder / "logs", name="", version="tensorboard"),

@@ -19,7 +19,7 @@ from openmm_hvpcg.mapping import BeadMap, build_bead_map
 from openmm_hvpcg.training.dataset import load_dataset
 from openmm_hvpcg.training.labels import label
 from openmm_hvpcg.training.labels.averaging import average_labels, split_by_fold
-from openmm_hvpcg.training.labels.held import Chains, HeldSamples
+from openmm_hvpcg.training.labels.held import Chains, HeldSampler, HeldSamples, Starts
 from openmm_hvpcg.training.labels.label import label_frames
 
 PROBES = np.eye(6).reshape(6, 2, 3)
@@ -150,6 +150,27 @@ def test_force_calls_are_those_of_the_chains(dataset):
     assert chains.count_force_calls(2) == 10 + 5 + 2 * 2 * 3
     assert dataset[1].attributes["force_calls"]["labels"] == N_FRAMES * chains.count_force_calls(2)
     assert dataset[1].attributes["made_from"]["settings"]["averaging"] == AVERAGING.model_dump(mode="json")
+
+
+def test_each_frame_is_averaged_by_the_map_of_its_fold(alanine, frames, bead_map, tmp_path):
+    """Maps fitted to the frames differ from fold to fold; one run of three chains, done again by hand."""
+    path = tmp_path / "ala.zarr"
+    settings = SETTINGS.model_copy(update={"force_map": "optimal"})
+    data = label_frames(alanine, frames, bead_map, settings, path, progress=False)
+    group = zarr.open_group(str(path), mode="r")
+    fold, maps = np.asarray(group["fold"]), np.asarray(group["fold_force_maps"])
+    assert fold[:8].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert np.abs(maps[1] - maps[0]).max() > 0.01
+    run, step = slice(4, 7), data.attributes["finite_difference"]["step_nm"]
+    sampler = HeldSampler(alanine, bead_map, "Reference", {}, step, seed=7, workers=1)
+    starts = Starts(np.arange(20)[run], frames.positions[run], data.probes[run], maps[1])
+    (found,) = sampler.sample([starts], Chains(5, 2, 2, 2.0, 5.0, 300.0))
+    for k, samples in enumerate(found):
+        expected = average_labels(samples, data.probes[run][k])
+        for name in ("forces", "hvps", "covariances"):
+            # Stored as float32.
+            stored, value = getattr(data, name)[run][k], getattr(expected, name)
+            np.testing.assert_allclose(stored, value, rtol=1e-6, atol=1e-6 * np.abs(value).max())
 
 
 def test_interrupted_averaging_resumes_to_the_same_dataset(alanine, frames, bead_map, dataset, tmp_path, monkeypatch):

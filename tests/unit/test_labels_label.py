@@ -78,7 +78,7 @@ def test_provenance_is_whole(dataset):
     attributes = dataset[2].attributes
     assert attributes["finite_difference"]["relative_error"] < 1e-7
     assert attributes["probe_second_moment"] == "identity"
-    assert attributes["force_map"]["method"] == "optimal"
+    assert attributes["force_map"]["method"] == "optimal_cv"
     assert attributes["made_from"]["settings"]["seed"] == 7
     for key in ("system", "frames", "platform", "openmm_version", "bead_map", "temperature_K", "units"):
         assert key in attributes
@@ -111,11 +111,11 @@ def test_maps_are_compared_and_force_calls_counted(alanine, dataset, tmp_path, m
 
 def test_noisy_map_is_warned_of(alanine, dataset, tmp_path, caplog):
     """16 free weights fitted to 12 forces a component interpolate them, and are of no use for frames not seen."""
-    settings = SETTINGS.model_copy(update={"max_frames": 5})
+    settings = SETTINGS.model_copy(update={"force_map": "optimal", "max_frames": 5})
     label_frames(alanine, build_frames(alanine), dataset[1], settings, tmp_path / "x.zarr", progress=False)
     assert "force map optimal, from 5 frames, makes noisier labels than" in caplog.text
     caplog.clear()
-    settings = SETTINGS.model_copy(update={"max_frames": 1})
+    settings = SETTINGS.model_copy(update={"force_map": "optimal", "max_frames": 1})
     label_frames(alanine, build_frames(alanine), dataset[1], settings, tmp_path / "y.zarr", progress=False)
     assert "fitted to one frame" in caplog.text
 

@@ -31,7 +31,16 @@ from openmm_hvpcg.training.preparation import Prepared, prepare
 
 MODEL = ModelSettings(features=16, interactions=1, radial=12, cutoff_nm=0.8)
 SETTINGS = TrainingSettings(
-    hvp_weight=1.0, max_epochs=6, batch_size=32, learning_rate=5e-3, seed=5, accelerator="cpu", patience=4
+    hvp_weight=1.0,
+    covariance="auto",
+    covariance_frames=700.0,
+    covariance_regions=4,
+    max_epochs=6,
+    batch_size=32,
+    learning_rate=5e-3,
+    seed=5,
+    accelerator="cpu",
+    patience=4,
 )
 PRIORS = PriorSettings()
 
@@ -559,3 +568,32 @@ def test_training_of_an_older_version_has_the_whole_network(tmp_path, noisy):
     (tmp_path / "old" / "training.json").write_text(json.dumps(older))
     x, species = torch.from_numpy(build_labels(20).positions), torch.tensor([0, 1, 0, 1, 2])
     assert torch.equal(load_fit(tmp_path / "old").network(x, species), network(x, species))
+
+
+def test_potential_without_priors_is_exported(tmp_path):
+    """No native force is left to ask OpenMM for."""
+    data = build_labels(80, 1)
+    fit = fit_potential(
+        [data], SETTINGS.model_copy(update={"max_epochs": 1}), MODEL, NO_PRIORS, tmp_path, progress=False
+    )
+    check = export_potential(fit.network, fit.spec, tmp_path / "potential.pt", data.positions[:4])
+    assert all(item.passed for item in check.items)
+
+
+def test_a_cosine_runs_to_its_end(tmp_path):
+    """A patience of one epoch would stop on labels that are noise."""
+    settings = SETTINGS.model_copy(update={"max_epochs": 8, "patience": 1, "schedule": "cosine", "learning_rate": 1e-2})
+    fit = fit_potential(
+        [build_labels(80, 1, force_noise=2000.0)], settings, MODEL, PriorSettings(), tmp_path, progress=False
+    )
+    assert fit.metrics["epochs"] == 8
+
+
+def test_patience_waits_for_the_hvps(tmp_path):
+    settings = SETTINGS.model_copy(
+        update={"max_epochs": 10, "patience": 1, "hvp_start": 0.8, "hvp_weight": 1.0, "learning_rate": 1e-2}
+    )
+    fit = fit_potential(
+        [build_labels(80, 1, force_noise=2000.0)], settings, MODEL, PriorSettings(), tmp_path, progress=False
+    )
+    assert fit.metrics["epochs"] >= 8

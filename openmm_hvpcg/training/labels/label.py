@@ -157,7 +157,7 @@ def _create(job: _Job, path: PathLike, made_from: dict[str, Any], platform: Plat
     """Build the force maps, choose the step, and lay out the store."""
     settings, chosen = job.settings, job.chosen
     n_beads, n_probes, n_frames = job.bead_map.n_beads, settings.probes_per_frame, len(chosen)
-    check_free_space(path, n_frames * n_beads * 12 * (2 + 2 * n_probes))
+    check_free_space(path, n_frames * n_beads * 12 * (2 + (2 if settings.averaging is None else 3) * n_probes))
     fold = split_in_blocks(n_frames)
     rows = choose_frames(n_frames, FORCE_MAP_FRAMES)
     part = job.take(rows, 1)
