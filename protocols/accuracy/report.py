@@ -75,7 +75,7 @@ def plot_errors(content: dict[str, Any], path: Path) -> None:
             axis.grid(alpha=0.3, which="both")
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(f"{content['molecule']}: error against the PMF reference (mean and range of the seeds)")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -108,7 +108,8 @@ def make_row(arm: str, size: int, runs: Runs, fm: Runs) -> str:
     cells = [f"{size}", arm, f"{len(runs)}"]
     for key, form in (("pmf_force_rmse", ".1f"), ("pmf_hvp_rmse", ".3g")):
         values = [run[key] for run in runs]
-        cells.append(f"{np.mean(values):{form}} ± {np.std(values, ddof=1) if len(values) > 1 else 0:{form}}")
+        spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+        cells.append(f"{np.mean(values):{form}}{spread}")
         cells.append(f"{np.mean(values) / np.mean([run[key] for run in fm]) - 1:+.0%}" if fm else "-")
     cells.append(f"{np.mean([run['network_share'] for run in runs]):.2f}")
     simulated = [run["simulation"] for run in runs if "simulation" in run]
