@@ -34,7 +34,7 @@ from openmm_hvpcg.simulation import load_result, simulate
 from openmm_hvpcg.storage import write_json
 from openmm_hvpcg.training.dataset import LabelledFrames, load_dataset
 from openmm_hvpcg.training.export import export_potential
-from openmm_hvpcg.training.fit import fit_potential
+from openmm_hvpcg.training.fit import FitResult, fit_potential
 from openmm_hvpcg.training.labels.label import label_frames
 from openmm_hvpcg.training.reference import compute_reference, load_reference
 from openmm_hvpcg.training.reference_errors import compute_reference_errors
@@ -179,16 +179,22 @@ def select_frames(dataset: LabelledFrames, size: int, seed: int) -> LabelledFram
     return dataset.select(np.arange(size) * stride + offset)
 
 
-def train_one(protocol: Protocol, out: Path, bead_map: BeadMap, work: Work) -> None:
-    arm, folder = ARMS[work.arm], folder_of(out, work)
+def fit_model(protocol: Protocol, out: Path, bead_map: BeadMap, work: Work) -> tuple[FitResult, LabelledFrames]:
+    """The trained model and its labels; a finished training is read back."""
+    arm = ARMS[work.arm]
     dataset = select_frames(load_dataset(out / "labels" / f"{arm.labels}.zarr", bead_map), work.size, work.seed)
     if arm.probes is not None:
         dataset = replace(dataset, probes=dataset.probes[:, : arm.probes], hvps=dataset.hvps[:, : arm.probes])
     training = protocol.training.model_copy(update={**arm.settings, "max_epochs": EPOCHS[work.size], "seed": work.seed})
+    folder = folder_of(out, work) / "fit"
+    fit = fit_potential([dataset], training, protocol.model, protocol.priors, folder, arm=work.arm, progress=False)
+    shutil.rmtree(folder / "logs", ignore_errors=True)
+    return fit, dataset
+
+
+def train_one(protocol: Protocol, out: Path, bead_map: BeadMap, work: Work) -> None:
     began = time.process_time()
-    fit = fit_potential(
-        [dataset], training, protocol.model, protocol.priors, folder / "fit", arm=work.arm, progress=False
-    )
+    fit, _ = fit_model(protocol, out, bead_map, work)
     reference = load_reference(out / "reference.zarr", bead_map)
     errors = compute_reference_errors(reference, fit.spec, fit.network)
     priors = compute_reference_errors(reference, fit.spec, None)
@@ -202,7 +208,6 @@ def train_one(protocol: Protocol, out: Path, bead_map: BeadMap, work: Work) -> N
         **{f"priors_{k}": getattr(priors, k) for k in ("force_rmse", "hvp_rmse")},
         **{k: fit.metrics[k] for k in ("network_share", "hvp_weight", "epochs", "best_epoch", "force_rmse_validation")},
     }
-    shutil.rmtree(folder / "fit" / "logs", ignore_errors=True)
     write_json(result_path(out, work), content)
 
 
@@ -221,14 +226,7 @@ def count_calls(protocol: Protocol, out: Path, work: Work) -> int:
 
 def simulate_one(protocol: Protocol, out: Path, bead_map: BeadMap, work: Work) -> None:
     folder = folder_of(out, work)
-    arm = ARMS[work.arm]
-    dataset = select_frames(load_dataset(out / "labels" / f"{arm.labels}.zarr", bead_map), work.size, work.seed)
-    if arm.probes is not None:
-        dataset = replace(dataset, probes=dataset.probes[:, : arm.probes], hvps=dataset.hvps[:, : arm.probes])
-    training = protocol.training.model_copy(update={**arm.settings, "max_epochs": EPOCHS[work.size], "seed": work.seed})
-    fit = fit_potential(
-        [dataset], training, protocol.model, protocol.priors, folder / "fit", arm=work.arm, progress=False
-    )
+    fit, dataset = fit_model(protocol, out, bead_map, work)
     export_potential(fit.network, fit.spec, folder / "potential.pt", dataset.positions[:64])
     test = load_frames(out / "frames" / "test.zarr")
     reference = replace(
@@ -262,7 +260,6 @@ def simulate_one(protocol: Protocol, out: Path, bead_map: BeadMap, work: Work) -
     except UnstableSimulationError as error:
         content |= {"stable": False, "message": str(error)}
     shutil.rmtree(folder / "cg", ignore_errors=True)
-    shutil.rmtree(folder / "fit" / "logs", ignore_errors=True)
     write_json(result_path(out, work), content)
 
 
