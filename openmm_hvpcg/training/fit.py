@@ -5,10 +5,8 @@ The labels come without the priors' part (see :mod:`openmm_hvpcg.training.prepar
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
-import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -20,7 +18,6 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from openmm_hvpcg.config import TRAINING_BEFORE, ModelSettings, PriorSettings, TrainingSettings
@@ -29,20 +26,14 @@ from openmm_hvpcg.errors import BackendError, DataError, PotentialError, StudyEr
 from openmm_hvpcg.potential import PotentialSpec
 from openmm_hvpcg.progress import track
 from openmm_hvpcg.storage import describe_changes, explain_disk_errors, write_json
-from openmm_hvpcg.training.batches import Batch, BatchSampler, FrameBatches
+from openmm_hvpcg.training.batches import BatchSampler, FrameBatches
 from openmm_hvpcg.training.dataset import LabelledFrames
-from openmm_hvpcg.training.derivatives import (
-    EnergyFunction,
-    HVPMethod,
-    choose_hvp_method,
-    compute_forces,
-    compute_forces_and_hvps,
-)
 from openmm_hvpcg.training.diagnosis import diagnose
 from openmm_hvpcg.training.evaluation import choose_network_share, evaluate_network
-from openmm_hvpcg.training.losses import LossScales, force_loss, hvp_loss
+from openmm_hvpcg.training.losses import LossScales
+from openmm_hvpcg.training.matching import MatchingModule, get_hvp_weight
 from openmm_hvpcg.training.models.schnet import build_network, scale_energy
-from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared, apply_pooled, prepare
+from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared, prepare
 from openmm_hvpcg.units import compute_kt
 
 logger = logging.getLogger(__name__)
@@ -50,11 +41,6 @@ logger = logging.getLogger(__name__)
 RESULT_NAME = "training.json"
 #: Pairs of beads in a batch that give a second thread enough to do.
 TRAINING_PAIRS = 8000
-#: Times a training pools the covariances of the HVP target anew.
-POOLINGS = 10
-#: Cosine schedule: steps to reach the full learning rate, and the share of it that is left at the end.
-WARMUP_STEPS = 50
-FINAL_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -185,147 +171,6 @@ def load_fit(folder: str | Path) -> FitResult:
         raise DataError(
             f"the training result is damaged ({error})", where=path, hint="delete it and train again"
         ) from error
-
-
-def get_hvp_weight(settings: TrainingSettings, prepared: Prepared) -> float:
-    """The weight of the HVP term as a number."""
-    if settings.hvp_weight == "balanced":
-        return prepared.scales.balance(prepared.beta, prepared.force_noise) * settings.force_weight
-    return float(settings.hvp_weight)
-
-
-class MatchingModule(lightning.LightningModule):
-    """Force and HVP matching of a network against labels without the priors' part."""
-
-    def __init__(self, network: torch.nn.Module, settings: TrainingSettings, prepared: Prepared) -> None:
-        super().__init__()
-        self.network = network
-        self.settings = settings
-        self.prepared = prepared
-        self.scales, self.beta = prepared.scales, prepared.beta
-        self.hvp_weight = get_hvp_weight(settings, prepared)
-        self._pools = any(pooled is not None for pooled in prepared.pooled)
-        self._method: HVPMethod | None = None
-        self._schedule_state: dict[str, Any] | None = None
-
-    def compute_losses(self, batch: Batch, with_hvps: bool, create_graph: bool) -> tuple[Tensor, Tensor | None]:
-        """Normalised force and HVP terms (see :mod:`openmm_hvpcg.training.losses`)."""
-
-        def energy(x: Tensor) -> Tensor:
-            return self.network(x, batch.species)
-
-        if not with_hvps:
-            forces = compute_forces(energy, batch.positions, create_graph)
-            return force_loss(forces, batch.forces, self.scales, batch.whitening), None
-        method = self._choose_method(energy, batch)
-        forces, hvps = compute_forces_and_hvps(energy, batch.positions, batch.probes, create_graph, method)
-        residual = batch.forces - forces
-        return (
-            force_loss(forces, batch.forces, self.scales, batch.whitening),
-            hvp_loss(
-                hvps,
-                batch.hvps,
-                residual,
-                batch.probes,
-                self.beta,
-                self.scales,
-                batch.covariances,
-                batch.own_share,
-                batch.whitening,
-            ),
-        )
-
-    def _choose_method(self, energy: EnergyFunction, batch: Batch) -> HVPMethod:
-        """Measured once on a GPU and kept in the checkpoint; on a CPU double backward always won."""
-        if self._method is None:
-            on_cpu = batch.positions.device.type == "cpu"
-            self._method = "reverse" if on_cpu else choose_hvp_method(energy, batch.positions, batch.probes)
-        return self._method
-
-    def combine(self, force: Tensor, hvp: Tensor | None) -> Tensor:
-        loss = self.settings.force_weight * force
-        return loss if hvp is None else loss + self.hvp_weight * hvp
-
-    @property
-    def first_hvp_epoch(self) -> int:
-        return round(self.settings.hvp_start * self.settings.max_epochs)
-
-    @property
-    def has_more_to_come(self) -> bool:
-        """Whether stopping now would miss a part of the training: the HVPs, or the end of the cosine."""
-        return self.settings.schedule == "cosine" or self.current_epoch < self.first_hvp_epoch
-
-    def on_train_epoch_start(self) -> None:
-        """Pool the covariances anew a few times, from the residuals of the model of the day."""
-        since = self.current_epoch - self.first_hvp_epoch
-        every = max(1, self.settings.max_epochs // POOLINGS)
-        if self.hvp_weight > 0 and self._pools and since >= 0 and since % every == 0:
-            self.prepared.pool_covariances(self._compute_residuals())
-
-    def _compute_residuals(self) -> list[Tensor]:
-        """Force residuals of every frame of every molecule."""
-        found = []
-        for m in self.prepared.molecules:
-            energy = functools.partial(self.network, species=m.species.to(self.device))
-            chunks = [compute_forces(energy, part.to(self.device)).cpu() for part in m.positions.split(CHUNK_FRAMES)]
-            found.append(m.forces - torch.cat(chunks))
-        return found
-
-    def training_step(self, batch: Batch, _: int) -> Tensor:
-        with_hvps = self.hvp_weight > 0 and self.current_epoch >= self.first_hvp_epoch
-        loss = self.combine(*self.compute_losses(batch, with_hvps, create_graph=True))
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.positions))
-        return loss
-
-    def validation_step(self, batch: Batch, _: int) -> None:
-        force, hvp = self.compute_losses(batch, True, create_graph=False)
-        n = len(batch.positions)
-        self.log("val_force", force, batch_size=n)
-        self.log("val_hvp", hvp, batch_size=n)  # type: ignore[arg-type]
-        self.log("val_loss", self.combine(force, hvp), batch_size=n)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
-        )
-        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, factor=0.5, patience=max(1, self.settings.patience // 4)
-        )
-        self._optimizer = optimizer
-        if self._schedule_state is not None:
-            self.schedule.load_state_dict(self._schedule_state)
-        return optimizer
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        if self.settings.schedule == "cosine":
-            rate = self.settings.learning_rate * self._compute_cosine()
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
-
-    def _compute_cosine(self) -> float:
-        """Share of the learning rate at this step: up over the first ones, then a half cosine to the last."""
-        step, last = self.global_step, self.settings.max_epochs * self.trainer.num_training_batches
-        return min(1.0, (step + 1) / WARMUP_STEPS) * max(0.5 * (1.0 + math.cos(math.pi * step / last)), FINAL_RATE)
-
-    # Lightning would step the schedule after the epoch's checkpoint, and a resumed run would miss that step.
-    def on_train_epoch_end(self) -> None:
-        if self.settings.schedule == "plateau":
-            self.schedule.step(float(self.trainer.callback_metrics["val_loss"]))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["schedule"] = self.schedule.state_dict()
-        checkpoint["hvp_method"] = self._method
-        checkpoint["regions"] = [None if p is None else p.regions for p in self.prepared.pooled]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._schedule_state = checkpoint["schedule"]
-        self._method = checkpoint.get("hvp_method")
-        for pooled, regions, molecule in zip(
-            self.prepared.pooled, checkpoint.get("regions", []), self.prepared.molecules, strict=False
-        ):
-            if pooled is not None and regions is not None:
-                pooled.regions = regions.cpu()
-                apply_pooled(pooled, molecule)
 
 
 class _Patience(EarlyStopping):
