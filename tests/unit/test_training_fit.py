@@ -20,6 +20,7 @@ from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
 from openmm_hvpcg.errors import DataError, PotentialError, StudyError
 from openmm_hvpcg.potential import load_potential, save_potential
 from openmm_hvpcg.training import fit as fit_module
+from openmm_hvpcg.training import matching as matching_module
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.evaluation import choose_network_share
 from openmm_hvpcg.training.export import export_potential, script_potential
@@ -407,7 +408,7 @@ def test_hvps_start_where_they_are_told_to(tmp_path, monkeypatch):
 
     monkeypatch.setattr(MatchingModule, "compute_losses", record)
     monkeypatch.setattr(Prepared, "pool_covariances", lambda self, r: (pooled.append(len(seen)), pool(self, r))[1])
-    monkeypatch.setattr(fit_module, "POOLINGS", 3)
+    monkeypatch.setattr(matching_module, "POOLINGS", 3)
     result = train(tmp_path / "both", change(hvp_start=0.4, max_epochs=6, patience=6), force_noise=30.0)
     # 0.4 of 6 epochs: the third is the first with HVPs. 192 training frames, 6 batches an epoch.
     assert seen == [(epoch, epoch >= 2) for epoch in range(6) for _ in range(6)]
@@ -428,7 +429,7 @@ PAUSED = change(hvp_weight="balanced", covariance="pooled", schedule="cosine", h
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit_module, "POOLINGS", 3)
+        patch.setattr(matching_module, "POOLINGS", 3)
         return train(tmp_path_factory.mktemp("whole"), PAUSED, n_frames=120, force_noise=30.0)
 
 
@@ -438,7 +439,7 @@ def test_interrupted_training_with_every_schedule_resumes_bit_for_bit(tmp_path, 
 
     Between them the resumed run has to take the pooled covariances from the checkpoint.
     """
-    monkeypatch.setattr(fit_module, "POOLINGS", 3)
+    monkeypatch.setattr(matching_module, "POOLINGS", 3)
     genuine = MatchingModule.training_step
 
     def break_off(self, batch, index):
