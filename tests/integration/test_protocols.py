@@ -174,7 +174,7 @@ def test_stage_before_its_inputs(study: Path, stage: str, missing: str) -> None:
         ("sampling.stride=25", "sampling.stride (20 -> 25)"),
         ("mapping.beads=ca", "-> ca)"),
         ("labels.seed=9", "labels.seed (2 -> 9)"),
-        ("labels.force_map=slice", "labels.force_map (optimal -> slice)"),
+        ("labels.force_map=slice", "labels.force_map (optimal_cv -> slice)"),
         ("priors.angles=false", "priors.angles (True -> False)"),
         ("model.features=16", "model.features (8 -> 16)"),
         ("training.learning_rate=0.01", "training.learning_rate (0.001 -> 0.01)"),
