@@ -179,6 +179,10 @@ class LabelSettings(Settings):
         return self
 
 
+#: What labels made before these keys existed were made with.
+LABELS_BEFORE: dict[str, Any] = {"probe_modes": None, "probe_translations": "keep", "averaging": None}
+
+
 class ReferenceSettings(Settings):
     """PMF reference: mean forces and CG Hessians with the beads held; ``run`` makes one where the section is given."""
 

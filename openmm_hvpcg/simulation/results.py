@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mdtraj as md
+import numpy as np
+
 from openmm_hvpcg._version import __version__
 from openmm_hvpcg.errors import StudyError
+from openmm_hvpcg.frames import Frames
+from openmm_hvpcg.quiet import hide_c_output
 from openmm_hvpcg.simulation.outputs import CHECKPOINT_NAME, ENERGIES_NAME
 from openmm_hvpcg.storage import PathLike
+from openmm_hvpcg.units import PS_PER_FS
 
 STUDY_NAME = "run.json"
 RESULT_NAME = "result.json"
@@ -62,6 +68,27 @@ def load_result(folder: PathLike) -> SimulationResult:
         raise StudyError("no finished simulation", where=folder, hint="run the simulate stage") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise StudyError(f"not a simulation result ({error})", where=path) from error
+
+
+def load_run(folder: PathLike, topology: md.Topology) -> Frames:
+    """The frames of a finished run, each replica a walker.
+
+    Parameters
+    ----------
+    folder : of the run
+    topology : of its molecule
+    """
+    result = load_result(folder)
+    # The DCD reader talks on standard output.
+    with hide_c_output():
+        replicas = [md.load(str(Path(folder) / name), top=topology) for name in result.trajectories]
+    return Frames(
+        np.concatenate([r.xyz for r in replicas]),
+        topology,
+        result.temperature_K,
+        np.repeat(np.arange(len(replicas)), [r.n_frames for r in replicas]),
+        result.settings["save_every"] * result.settings["timestep_fs"] * PS_PER_FS,
+    )
 
 
 def read_study(folder: Path, study: dict[str, Any]) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel
 
 from openmm_hvpcg.config import (
+    LABELS_BEFORE,
     TRAINING_BEFORE,
     MoleculeSettings,
     Protocol,
@@ -39,9 +40,7 @@ WITHOUT_EFFECT = {"platform", "workers", "accelerator"}
 #: Settings younger than version 0.1.0, and what was done before there was a choice: records of older runs lack them.
 BEFORE = {
     "sampling.flexible_beads": False,
-    "labels.probe_modes": None,
-    "labels.probe_translations": "keep",
-    "labels.averaging": None,
+    **{f"labels.{key}": value for key, value in LABELS_BEFORE.items()},
     **{f"training.{key}": value for key, value in TRAINING_BEFORE.items()},
 }
 

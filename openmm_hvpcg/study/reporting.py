@@ -15,13 +15,11 @@ from openmm_hvpcg.config import MoleculeSettings
 from openmm_hvpcg.errors import InputError
 from openmm_hvpcg.frames import Frames
 from openmm_hvpcg.mapping import BeadMap
-from openmm_hvpcg.quiet import hide_c_output
-from openmm_hvpcg.simulation import load_result
+from openmm_hvpcg.simulation import load_result, load_run
 from openmm_hvpcg.study.evaluating import list_pmf_errors, read_evaluation
 from openmm_hvpcg.study.folder import RECORDS, Study, read_record
 from openmm_hvpcg.training.dataset import load_dataset
 from openmm_hvpcg.training.fit import load_fit
-from openmm_hvpcg.units import PS_PER_FS
 
 TIMES = f"{RECORDS}/seconds.json"
 
@@ -75,7 +73,7 @@ def _compare_molecule(study: Study, molecule: MoleculeSettings, bead_map: BeadMa
         frames.interval_ps,
     )
     runs = {
-        arm: _load_run(study, arm, molecule.name, topology)
+        arm: load_run(study.run_folder(arm, molecule.name), topology)
         for arm in study.arms
         if has_run(study, f"{arm}/{molecule.name}") and _read_run(study, arm, molecule.name)["n_frames"] > 0
     }
@@ -122,23 +120,6 @@ def _read_run(study: Study, arm: str, molecule: str) -> dict[str, Any]:
         "stable": result.stable,
         "message": result.message,
     }
-
-
-def _load_run(study: Study, arm: str, molecule: str, topology: md.Topology) -> Frames:
-    """CG frames of all replicas, a walker each."""
-    folder = study.run_folder(arm, molecule)
-    result = load_result(folder)
-    # The DCD reader talks on standard output.
-    with hide_c_output():
-        replicas = [md.load(str(folder / name), top=topology) for name in result.trajectories]
-    interval = result.settings["save_every"] * result.settings["timestep_fs"] * PS_PER_FS
-    return Frames(
-        np.concatenate([r.xyz for r in replicas]),
-        topology,
-        result.temperature_K,
-        np.repeat(np.arange(len(replicas)), [r.n_frames for r in replicas]),
-        interval,
-    )
 
 
 def _describe_study(study: Study) -> dict[str, Any]:

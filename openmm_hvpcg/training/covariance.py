@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
+from openmm_hvpcg.training.models.priors import dihedral_angle
+
 #: Frames the axes and regions are chosen on.
 SAMPLE_FRAMES = 2000
 #: Sine of the angle at a bead, in 98 of 100 frames: good enough to look no further, and the least that gives axes.
@@ -92,9 +94,7 @@ def compute_soft_features(positions: Tensor) -> Tensor:
     first, second = torch.triu_indices(n_beads, n_beads, 1)
     features = [torch.linalg.vector_norm(positions[:, first] - positions[:, second], dim=-1)]
     if n_beads >= 4:
-        a, b, c = (positions[:, k + 1 : n_beads - 2 + k] - positions[:, k : n_beads - 3 + k] for k in range(3))
-        n1, n2 = torch.linalg.cross(a, b), torch.linalg.cross(b, c)
-        phi = torch.atan2((a * n2).sum(-1) * torch.linalg.vector_norm(b, dim=-1), (n1 * n2).sum(-1))
+        phi = dihedral_angle(positions, torch.arange(n_beads - 3)[:, None] + torch.arange(4))
         features += [DIHEDRAL_SCALE_NM * torch.sin(phi), DIHEDRAL_SCALE_NM * torch.cos(phi)]
     return torch.cat(features, dim=1)
 
@@ -135,28 +135,19 @@ class PooledCovariance:
         """
         x = positions.double()
         y = torch.einsum("tbix,tbx->tbi", self.axes(x), residuals.double()).flatten(1)
-        weights = self._weigh(x)
-        basis = self._build_basis(x, weights)
+        features = compute_soft_features(x)
+        weights = self._weigh(features)
+        basis = _build_basis(features, weights)
         y = y - basis @ (basis.T @ y)
         y = y / torch.sqrt(1.0 - (basis**2).sum(dim=1, keepdim=True)).clamp(min=0.1)
         overall = y.T @ y / len(y)
         sums = torch.stack([(y * w[:, None]).T @ y for w in weights.T])
         self.regions = (sums + SHRINKAGE_FRAMES * overall) / (weights.sum(dim=0) + SHRINKAGE_FRAMES)[:, None, None]
 
-    def _build_basis(self, positions: Tensor, weights: Tensor) -> Tensor:
-        """Orthonormal columns (F, n) of the regression: regions, and the widest features that the frames can carry."""
-        features = compute_soft_features(positions)
-        features = (features - features.mean(dim=0)) / features.std(dim=0).clamp(min=1e-9)
-        most = max(0, len(features) // FRAMES_PER_COEFFICIENT - weights.shape[1])
-        leading = torch.linalg.svd(features, full_matrices=False)[0][:, :most]
-        both = torch.cat([weights, leading], dim=1)
-        vectors, sizes, _ = torch.linalg.svd(both, full_matrices=False)
-        return vectors[:, sizes > 1e-6 * sizes[0]]
-
     def apply(self, positions: Tensor, probes: Tensor) -> Tensor:
         """Covariance times probes, (T, P, B, 3) like the probes, at frames (T, B, 3)."""
         x = positions.double()
-        axes, weights = self.axes(x), self._weigh(x)
+        axes, weights = self.axes(x), self._weigh(compute_soft_features(x))
         local = torch.einsum("tbix,tpbx->tpbi", axes, probes.double()).flatten(2)
         product = torch.zeros_like(local)
         for region, weight in zip(self.regions, weights.T, strict=True):
@@ -167,7 +158,7 @@ class PooledCovariance:
         """``(C / c + floor)^(-1/2)`` (T, 3B, 3B) in the frames' own axes, c the mean variance, mean diagonal of its
         square 1: residuals times it have noise of about equal size and without correlation."""
         x = positions.double()
-        axes, weights = self.axes(x), self._weigh(x)
+        axes, weights = self.axes(x), self._weigh(compute_soft_features(x))
         n_beads = x.shape[1]
         local = torch.einsum("tk,kij->tij", weights, self.regions)
         mean = local.diagonal(dim1=1, dim2=2).mean()
@@ -178,11 +169,21 @@ class PooledCovariance:
         turned = torch.einsum("tbix,tbicj,tcjy->tbxcy", axes, blocks, axes)
         return turned.reshape(-1, 3 * n_beads, 3 * n_beads).to(positions.dtype)
 
-    def _weigh(self, positions: Tensor) -> Tensor:
-        """Share (F, K) of each region in each frame."""
+    def _weigh(self, features: Tensor) -> Tensor:
+        """Share (F, K) of each region in frames with these soft features (F, n)."""
         if len(self.centres) == 1:
-            return torch.ones(len(positions), 1, dtype=torch.float64)
-        return torch.softmax(-(torch.cdist(compute_soft_features(positions), self.centres) ** 2) / self.radius2, dim=1)
+            return torch.ones(len(features), 1, dtype=torch.float64)
+        return torch.softmax(-(torch.cdist(features, self.centres) ** 2) / self.radius2, dim=1)
+
+
+def _build_basis(features: Tensor, weights: Tensor) -> Tensor:
+    """Orthonormal columns (F, n) of the regression: regions, and the widest features that the frames can carry."""
+    features = (features - features.mean(dim=0)) / features.std(dim=0).clamp(min=1e-9)
+    most = max(0, len(features) // FRAMES_PER_COEFFICIENT - weights.shape[1])
+    leading = torch.linalg.svd(features, full_matrices=False)[0][:, :most]
+    both = torch.cat([weights, leading], dim=1)
+    vectors, sizes, _ = torch.linalg.svd(both, full_matrices=False)
+    return vectors[:, sizes > 1e-6 * sizes[0]]
 
 
 def _cluster(features: NDArray[np.float64], n_regions: int, seed: int) -> NDArray[np.float64]:

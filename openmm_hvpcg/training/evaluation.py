@@ -96,16 +96,18 @@ def _judge(
     forces, hvps = _differentiate(network, tensors)
     residual, prior = tensors.forces - forces, tensors.forces
 
-    def compute_excess(covariances: Tensor | None, share: float) -> tuple[Tensor, Tensor]:
+    def compute_excess(own_share: float) -> tuple[Tensor, Tensor]:
         """HVP residuals of the network and of the priors."""
         target, prior_target = (
-            compute_hvp_target(tensors.hvps, d, tensors.probes, beta, covariances, share) for d in (residual, prior)
+            compute_hvp_target(tensors.hvps, d, tensors.probes, beta, tensors.covariances, own_share)
+            for d in (residual, prior)
         )
         return target - hvps, prior_target
 
-    own = compute_excess(*get_own_covariance(tensors))
+    # Errors are judged with nothing pooled in the target, which would bias them.
+    own = compute_excess(0.0 if tensors.own_share == 0.0 else 1.0)
     is_pooled = 0.0 < tensors.own_share < 1.0
-    trained = compute_excess(tensors.covariances, tensors.own_share) if is_pooled else own
+    trained = compute_excess(tensors.own_share) if is_pooled else own
     white = tensors.whitening
     terms = {
         "force": (residual, prior),
@@ -197,11 +199,6 @@ def _average(values: Sequence[float | None], weights: Sequence[int]) -> float | 
     if not known:
         return None
     return float(np.sqrt(np.average(np.square([v for v, _ in known]), weights=[w for _, w in known])))
-
-
-def get_own_covariance(tensors: MoleculeTensors) -> tuple[Tensor | None, float]:
-    """Arguments of :func:`compute_hvp_target` that leave nothing pooled in it: errors are judged without that bias."""
-    return (tensors.covariances, 0.0) if tensors.own_share == 0.0 else (None, 1.0)
 
 
 def _differentiate(network: torch.nn.Module, tensors: MoleculeTensors) -> tuple[Tensor, Tensor]:

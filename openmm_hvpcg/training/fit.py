@@ -113,7 +113,8 @@ def fit_potential(
             recorder, checkpoint, trainer = _train(prepared, training, model, folder, progress)
     best = Path(checkpoint.best_model_path)
     network = _load_network(best, prepared.spec, model)
-    share = choose_network_share(network, prepared, training.force_weight, get_hvp_weight(training, prepared))
+    hvp_weight = get_hvp_weight(training, prepared)
+    share = choose_network_share(network, prepared, training.force_weight, hvp_weight)
     scale_energy(network, share)
     metrics = evaluate_network(network, prepared, datasets)
     metrics |= {
@@ -123,7 +124,7 @@ def fit_potential(
         "best_epoch": int(torch.load(best, weights_only=True)["epoch"]),
         "wall_time_s": recorder.seconds_before + time.perf_counter() - began,
         "force_weight": training.force_weight,
-        "hvp_weight": get_hvp_weight(training, prepared),
+        "hvp_weight": hvp_weight,
         "network_share": share,
     }
     if share == 0.0:

@@ -28,7 +28,7 @@ def compute_correction(
     d = residual.detach()
     along = torch.einsum("fbx,fpbx->fp", d, probes)
     own = beta * along[:, :, None, None] * d[:, None]
-    return own if covariances is None else own_share * own + (1.0 - own_share) * beta * covariances
+    return own if covariances is None or own_share == 1.0 else own_share * own + (1.0 - own_share) * beta * covariances
 
 
 def compute_hvp_target(

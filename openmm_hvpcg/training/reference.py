@@ -33,10 +33,11 @@ from openmm_hvpcg.storage import (
     open_store,
     read_array,
 )
-from openmm_hvpcg.training.labels.force_maps import ForceMap, fit_force_maps, split_in_blocks
+from openmm_hvpcg.training.labels.force_maps import ForceMap, split_in_blocks
+from openmm_hvpcg.training.labels.frame_maps import MapSample
 from openmm_hvpcg.training.labels.held import Chains, HeldSampler, HeldSamples, Starts, find_held_atoms
 from openmm_hvpcg.training.labels.hvp import StepScan, scan_step
-from openmm_hvpcg.training.labels.oracle import ForceOracle, find_active_atoms, find_rigid_clusters
+from openmm_hvpcg.training.labels.oracle import ForceOracle
 from openmm_hvpcg.training.labels.probes import draw_probes
 from openmm_hvpcg.training.labels.sources import check_sizes, choose_frames, describe_sources, open_unfinished
 from openmm_hvpcg.units import compute_kt
@@ -174,8 +175,7 @@ class _Job:
 
     @property
     def chains(self) -> Chains:
-        s = self.settings
-        return Chains(s.n_samples, s.stride, s.hvp_every, s.timestep_fs, s.friction_per_ps, self.system.temperature_K)
+        return Chains.from_settings(self.settings, self.system.temperature_K)
 
     def get_boxes(self, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
         return None if self.frames.box is None else self.frames.box[rows]
@@ -333,15 +333,8 @@ def _create(job: _Job, path: PathLike, made_from: dict[str, Any], platform: Plat
 def _fit_force_map(job: _Job, oracle: ForceOracle) -> ForceMap:
     """The quietest map known: the mean is the same for all. Samples are new to it, so that it has no folds."""
     rows = choose_frames(job.frames.n_frames, FORCE_MAP_FRAMES)
-    topology, weights = job.system.topology, job.bead_map.site_weights
-    return fit_force_maps(
-        "optimal_cv",
-        weights,
-        find_rigid_clusters(job.system.system),
-        find_active_atoms(job.system.system, topology, weights),
-        oracle(job.frames.positions[rows].astype(np.float64), job.get_boxes(rows)),
-        np.array([(a.index, b.index) for a, b in topology.bonds], dtype=np.int64).reshape(-1, 2),
-    )[0]
+    forces = oracle(job.frames.positions[rows].astype(np.float64), job.get_boxes(rows))
+    return MapSample(job.system, job.bead_map, forces, split_in_blocks(len(rows))).fit("optimal_cv")[0]
 
 
 def _choose_step(job: _Job, oracle: ForceOracle, force_map: ForceMap) -> StepScan:

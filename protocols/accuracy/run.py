@@ -27,10 +27,9 @@ from openmm_hvpcg.atomistic.sampling import sample_frames
 from openmm_hvpcg.atomistic.systems import AtomisticSystem, build_atomistic_system
 from openmm_hvpcg.config import AveragingSettings, LabelSettings, Protocol, ReferenceSettings, load_protocol
 from openmm_hvpcg.errors import UnstableSimulationError
-from openmm_hvpcg.frames import Frames, load_frames
+from openmm_hvpcg.frames import load_frames
 from openmm_hvpcg.mapping import BeadMap, build_bead_map
-from openmm_hvpcg.quiet import hide_c_output
-from openmm_hvpcg.simulation import load_result, simulate
+from openmm_hvpcg.simulation import load_run, simulate
 from openmm_hvpcg.storage import write_json
 from openmm_hvpcg.training.dataset import LabelledFrames, load_dataset
 from openmm_hvpcg.training.export import export_potential
@@ -38,7 +37,6 @@ from openmm_hvpcg.training.fit import FitResult, fit_potential
 from openmm_hvpcg.training.labels.label import label_frames
 from openmm_hvpcg.training.reference import compute_reference, load_reference
 from openmm_hvpcg.training.reference_errors import compute_reference_errors
-from openmm_hvpcg.units import PS_PER_FS
 
 SIZES = (250, 1000, 4000, 16000)
 SEEDS = (1, 2, 3)
@@ -246,7 +244,7 @@ def simulate_one(protocol: Protocol, out: Path, bead_map: BeadMap, work: Work) -
         )
         comparison = compare_runs(
             reference,
-            {"arm": load_run(folder / "cg", bead_map)},
+            {"arm": load_run(folder / "cg", reference.topology)},
             protocol.analysis,
             molecule=protocol.molecules[0].name,
         )
@@ -261,22 +259,6 @@ def simulate_one(protocol: Protocol, out: Path, bead_map: BeadMap, work: Work) -
         content |= {"stable": False, "message": str(error)}
     shutil.rmtree(folder / "cg", ignore_errors=True)
     write_json(result_path(out, work), content)
-
-
-def load_run(folder: Path, bead_map: BeadMap) -> Frames:
-    import mdtraj as md
-
-    result = load_result(folder)
-    topology = bead_map.to_topology()
-    with hide_c_output():
-        replicas = [md.load(str(folder / name), top=topology) for name in result.trajectories]
-    return Frames(
-        np.concatenate([r.xyz for r in replicas]),
-        topology,
-        result.temperature_K,
-        np.repeat(np.arange(len(replicas)), [r.n_frames for r in replicas]),
-        result.settings["save_every"] * result.settings["timestep_fs"] * PS_PER_FS,
-    )
 
 
 def collect(protocol: Protocol, out: Path, bead_map: BeadMap, name: str) -> None:

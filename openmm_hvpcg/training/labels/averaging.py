@@ -14,8 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from openmm_hvpcg.config import AveragingSettings
-from openmm_hvpcg.training.labels.held import Chains, HeldSamples
+from openmm_hvpcg.training.labels.held import HeldSamples
 
 
 @dataclass(frozen=True)
@@ -48,18 +47,6 @@ def average_labels(samples: HeldSamples, probes: NDArray[np.floating]) -> Averag
     deviations = np.concatenate([(q - mean) / np.sqrt(len(q)), between[None]])
     along = np.einsum("nbx,pbx->np", deviations, probes)
     return AveragedLabels(mean, samples.hvps.mean(axis=0), np.einsum("np,nbx->pbx", along, deviations))
-
-
-def make_chains(settings: AveragingSettings, temperature_K: float) -> Chains:
-    """How the hidden atoms of a frame are sampled."""
-    return Chains(
-        settings.n_samples,
-        settings.stride,
-        settings.hvp_every,
-        settings.timestep_fs,
-        settings.friction_per_ps,
-        temperature_K,
-    )
 
 
 def split_by_fold(fold: NDArray[np.int64], most: int) -> Iterator[slice]:

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from openmm_hvpcg.atomistic.systems import AtomisticSystem
 from openmm_hvpcg.atomistic.walker import MAX_TEMPERATURE_RATIO
+from openmm_hvpcg.config import AveragingSettings, ReferenceSettings
 from openmm_hvpcg.cores import count_cores
 from openmm_hvpcg.errors import BackendError, HVPCGError, InputError, MappingError, UnstableSimulationError
 from openmm_hvpcg.mapping import BeadMap
@@ -63,6 +64,18 @@ class Chains:
     friction_per_ps: float
     temperature_K: float
     equilibration_steps: int = 0
+
+    @classmethod
+    def from_settings(cls, settings: AveragingSettings | ReferenceSettings, temperature_K: float) -> Chains:
+        """Those that a section of a protocol asks for."""
+        return cls(
+            settings.n_samples,
+            settings.stride,
+            settings.hvp_every,
+            settings.timestep_fs,
+            settings.friction_per_ps,
+            temperature_K,
+        )
 
     @property
     def n_hvp_samples(self) -> int:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from openmm_hvpcg.atomistic.platforms import PlatformChoice, choose_platform
 from openmm_hvpcg.atomistic.systems import AtomisticSystem
-from openmm_hvpcg.config import LabelSettings
+from openmm_hvpcg.config import LABELS_BEFORE, LabelSettings
 from openmm_hvpcg.cores import count_cores
 from openmm_hvpcg.frames import Frames
 from openmm_hvpcg.mapping import BeadMap
@@ -30,10 +30,10 @@ from openmm_hvpcg.storage import (
     read_array,
 )
 from openmm_hvpcg.training.dataset import FORMAT_VERSION, KIND, LabelledFrames, load_dataset
-from openmm_hvpcg.training.labels.averaging import average_labels, make_chains, split_by_fold
+from openmm_hvpcg.training.labels.averaging import average_labels, split_by_fold
 from openmm_hvpcg.training.labels.force_maps import FITTED, ForceMap, split_in_blocks
 from openmm_hvpcg.training.labels.frame_maps import FrameMaps, MapSample, compare_force_maps
-from openmm_hvpcg.training.labels.held import HeldSampler, Starts, find_held_atoms
+from openmm_hvpcg.training.labels.held import Chains, HeldSampler, Starts, find_held_atoms
 from openmm_hvpcg.training.labels.hvp import StepScan, scan_step
 from openmm_hvpcg.training.labels.oracle import ForceOracle
 from openmm_hvpcg.training.labels.probes import ProbeLaw, draw_probes
@@ -50,9 +50,6 @@ COMPARISON_FRAMES = 64
 SCAN_FRAMES = 4
 #: Noisier than the quietest map by more than this is worth a warning.
 WARN_NOISE_RATIO = 1.05
-
-#: Settings younger than the format, and what a dataset that does not know them was made with.
-SETTINGS_BEFORE = {"probe_modes": None, "probe_translations": "keep", "averaging": None}
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ def label_frames(
     ) as oracle:
         job = _Job(system, frames, bead_map, settings, chosen, oracle)
         if Path(path).exists():
-            group = open_unfinished(path, KIND, FORMAT_VERSION, "labels", made_from, SETTINGS_BEFORE)
+            group = open_unfinished(path, KIND, FORMAT_VERSION, "labels", made_from, LABELS_BEFORE)
         else:
             group = _create(job, path, made_from, platform)
         _fill(job, group, path, progress)
@@ -290,7 +287,7 @@ def _count_calls(job: _Job) -> int:
     n_probes = job.settings.probes_per_frame
     if job.settings.averaging is None:
         return 1 + 2 * n_probes
-    return make_chains(job.settings.averaging, job.system.temperature_K).count_force_calls(n_probes)
+    return Chains.from_settings(job.settings.averaging, job.system.temperature_K).count_force_calls(n_probes)
 
 
 def _compute_chunks(
@@ -334,7 +331,7 @@ def _average_chunks(
         for rows, part, own in parts
         for run in split_by_fold(own.fold, CHAIN_FRAMES)
     ]
-    found = sampler.sample(starts, make_chains(settings.averaging, system.temperature_K))
+    found = sampler.sample(starts, Chains.from_settings(settings.averaging, system.temperature_K))
     with closing(found):
         for rows, part, own in parts:
             samples = [s for _ in split_by_fold(own.fold, CHAIN_FRAMES) for s in next(found)]
