@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import sys
@@ -342,8 +343,15 @@ def test_platform_that_is_not_here(tmp_path: Path) -> None:
 def call_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> Result:
     """The command line in this process, whose system calls a test can change."""
     monkeypatch.setattr(sys, "argv", ["openmm-hvpcg", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
+    # The command line sets up the package's logger for a process of its own; the tests after this one share it.
+    package = logging.getLogger("openmm_hvpcg")
+    handlers, level, propagate = package.handlers[:], package.level, package.propagate
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        package.handlers[:], package.propagate = handlers, propagate
+        package.setLevel(level)
     captured = capsys.readouterr()
     assert isinstance(ended.value.code, int)
     return Result(ended.value.code, captured.out, captured.err)

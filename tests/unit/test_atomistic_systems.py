@@ -280,7 +280,7 @@ def test_warning_of_fast_bonds(
     with caplog.at_level(logging.WARNING):
         warn_of_fast_bonds(molecule, timestep_fs)
     assert ("flexible bonds to hydrogen (ALA2-HA among them) at 2 fs" in caplog.text) == warned
-    assert bool(caplog.records) == warned
+    assert any(r.levelno >= logging.WARNING for r in caplog.records) == warned
 
 
 def test_movable() -> None:
