@@ -23,7 +23,7 @@ from torch import Tensor
 from openmm_hvpcg.config import ModelSettings
 from openmm_hvpcg.training.derivatives import HVPMethod, choose_hvp_method, compute_forces, compute_forces_and_hvps
 from openmm_hvpcg.training.losses import LossScales, force_loss, hvp_loss
-from openmm_hvpcg.training.models.schnet import build_network
+from openmm_hvpcg.training.models.registry import build_network
 
 #: Beads, frames of a batch, probes of a frame.
 CASES = ((6, 128, 1), (6, 128, 4), (10, 128, 1), (10, 128, 4), (30, 32, 1))

@@ -11,7 +11,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -45,16 +45,38 @@ class Settings(BaseModel):
         return value
 
 
+#: Keys a molecule comes from, those that need coordinates, and those that other keys go with.
+SOURCES = ("sequence", "prmtop", "top", "psf", "system_xml", "pdb")
+WITH_COORDINATES = ("prmtop", "top", "psf")
+_ONLY_WITH = {
+    "coordinates": WITH_COORDINATES,
+    "include_folder": ("top",),
+    "parameters": ("psf",),
+    "box_nm": ("psf",),
+    "remove": ("pdb",),
+}
+
+
 class InputSettings(Settings):
-    """Where a molecule comes from: exactly one of sequence, pdb, prmtop, system_xml (the last with pdb)."""
+    """Where a molecule comes from: exactly one of sequence, pdb, prmtop, top, psf, system_xml (with pdb)."""
 
     sequence: str | None = Field(None, description="one-letter peptide sequence")
     caps: bool = Field(True, description="ACE and NME caps on the peptide")
     start: Literal["extended", "helix"] = Field("extended", description="start structure of the peptide")
     pdb: str | None = Field(None, description="PDB file")
     prmtop: str | None = Field(None, description="Amber topology")
-    coordinates: str | None = Field(None, description="Amber coordinates (inpcrd, rst7)")
+    top: str | None = Field(None, description="GROMACS topology")
+    include_folder: str | None = Field(None, description="GROMACS: folder of the files the topology includes")
+    psf: str | None = Field(None, description="CHARMM topology; needs parameters")
+    parameters: list[str] | None = Field(None, description="CHARMM parameter files (rtf, prm, str)")
+    coordinates: str | None = Field(None, description="of prmtop (inpcrd, rst7), top (gro, pdb) or psf (crd, pdb)")
+    box_nm: list[float] | None = Field(
+        None, min_length=3, max_length=3, description="edges of the box of psf, where its coordinates have none"
+    )
     system_xml: str | None = Field(None, description="serialized openmm.System; needs pdb")
+    remove: list[str] = Field([], description="residues of pdb to leave out, by name, such as HOH")
+    repair: bool = Field(True, description="add atoms a pdb lacks, replace residues such as MSE; false: refuse it")
+    ph: float = Field(7.0, ge=0, le=14, description="pH that hydrogens are added at")
     force_field: str | list[str] = Field("amber14", description="amber14, amber99sbildn, charmm36 or OpenMM XML files")
     solvent: Literal["vacuum", "obc2", "explicit"] = Field("obc2", description="solvent model")
     hydrogen_mass_amu: float | None = Field(None, ge=1.0, le=4.0, description="hydrogen mass repartitioning")
@@ -63,25 +85,38 @@ class InputSettings(Settings):
     trajectory: list[str] | None = Field(None, description="take frames from these files instead of sampling")
     trajectory_interval_ps: float | None = Field(None, gt=0, description="time between their frames, if files lack it")
 
-    @field_validator("trajectory", mode="before")
+    @field_validator("trajectory", "parameters", "remove", mode="before")
     @classmethod
     def _one_file_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one_source(self) -> InputSettings:
-        given = [k for k in ("sequence", "prmtop", "system_xml") if getattr(self, k) is not None]
-        if self.pdb is not None and "system_xml" not in given:
-            given.append("pdb")
+        given = [k for k in SOURCES if getattr(self, k) is not None]
+        if self.system_xml is not None and self.pdb is not None:
+            given.remove("pdb")
         if len(given) != 1:
-            raise ValueError(
-                f"expected exactly one of sequence, pdb, prmtop, system_xml, got {', '.join(given) or 'none'}"
-            )
-        if (self.prmtop is None) != (self.coordinates is None):
-            raise ValueError("prmtop and coordinates go together")
+            raise ValueError(f"expected exactly one of {', '.join(SOURCES)}, got {', '.join(given) or 'none'}")
+        source = given[0]
+        if source in WITH_COORDINATES and self.coordinates is None:
+            raise ValueError(f"{source} and coordinates go together")
         if self.system_xml is not None and self.pdb is None:
             raise ValueError("system_xml needs pdb for its topology and positions")
+        if self.psf is not None and not self.parameters:
+            raise ValueError("psf needs parameters, the CHARMM parameter files")
+        if self.box_nm is not None and min(self.box_nm) <= 0:
+            raise ValueError(f"box_nm: expected edges above 0, got {', '.join(f'{e:g}' for e in self.box_nm)}")
+        for key, sources in _ONLY_WITH.items():
+            if getattr(self, key) and source not in sources:
+                raise ValueError(f"{' or '.join(sources)} and {key} go together")
         return self
+
+    def list_files(self) -> list[str]:
+        """Names of the files the molecule is built from, its own force-field XMLs and trajectories among them."""
+        own = [self.force_field] if isinstance(self.force_field, str) else self.force_field
+        names = [self.pdb, self.prmtop, self.top, self.psf, self.coordinates, self.system_xml]
+        names += [*(self.parameters or []), *(self.trajectory or []), *(n for n in own if n.endswith(".xml"))]
+        return [name for name in names if name is not None]
 
 
 class MoleculeSettings(Settings):
@@ -120,12 +155,22 @@ class MappingSettings(Settings):
 
     beads: str | dict[str, str] = Field("ca", description="ca, backbone, heavy, an mdtraj selection, or {json: FILE}")
 
+    ends: bool = Field(
+        False, description="beads of a chain's first and last residue are species of their own, so that its ends differ"
+    )
+
     @field_validator("beads")
     @classmethod
     def _json_only(cls, value: str | dict[str, str]) -> str | dict[str, str]:
         if isinstance(value, dict) and set(value) != {"json"}:
             raise ValueError("expected a preset, an mdtraj selection or {json: FILE}")
         return value
+
+    @model_validator(mode="after")
+    def _ends_are_not_in_a_file(self) -> MappingSettings:
+        if self.ends and isinstance(self.beads, dict):
+            raise ValueError("ends: a JSON map names the species of its beads itself")
+        return self
 
 
 class AveragingSettings(Settings):
@@ -194,6 +239,11 @@ class ReferenceSettings(Settings):
     blocks: int = Field(10, ge=2, description="stretches of each chain, for standard errors")
     timestep_fs: float = Field(2.0, gt=0, le=10)
     friction_per_ps: float = Field(5.0, gt=0)
+    ladder_K: list[float] = Field(
+        default_factory=list,
+        description="replica exchange of the hidden atoms with chains at these higher temperatures; [] for none",
+    )
+    equilibration_steps: int = Field(0, ge=0, description="MD steps of each chain before its first sample")
     platform: str = Field("auto", description="auto measures; or Reference, CPU, CUDA, OpenCL, HIP")
     workers: int | Literal["auto"] = Field("auto", description="processes at once")
     seed: int = Field(5, ge=0, le=2**31 - 1)
@@ -205,11 +255,22 @@ class ReferenceSettings(Settings):
             raise ValueError(f"expected {'full' if info.field_name == 'probes' else 'auto'} or at least 1")
         return value
 
+    @field_validator("ladder_K")
+    @classmethod
+    def _upwards(cls, value: list[float]) -> list[float]:
+        if any(b <= a for a, b in zip([0.0, *value], value, strict=False)):
+            raise ValueError(f"expected temperatures upwards, got {value}")
+        return value
+
     @model_validator(mode="after")
     def _enough_samples(self) -> ReferenceSettings:
         if -(-self.n_samples // self.hvp_every) < self.blocks:
             raise ValueError(f"fewer HVP samples ({-(-self.n_samples // self.hvp_every)}) than blocks ({self.blocks})")
         return self
+
+
+#: What references made before these keys existed were made with.
+REFERENCE_BEFORE: dict[str, Any] = {"ladder_K": [], "equilibration_steps": 0}
 
 
 class PriorSettings(Settings):
@@ -222,13 +283,56 @@ class PriorSettings(Settings):
 
 
 class ModelSettings(Settings):
-    """The network."""
+    """The network: schnet, painn, or one's own (:mod:`openmm_hvpcg.training.models.registry`)."""
 
-    kind: Literal["schnet"] = "schnet"
+    #: The package's own networks.
+    KINDS: ClassVar[tuple[str, ...]] = ("schnet", "painn")
+
+    kind: str = Field(
+        "schnet",
+        description="schnet: distances; painn: angles and dihedrals too; or package.module:Name, a network of your own",
+    )
     features: int = Field(64, ge=1)
     interactions: int = Field(2, ge=1)
     radial: int = Field(20, ge=2, description="radial basis functions")
     cutoff_nm: float = Field(1.2, gt=0)
+    options: dict[str, Any] | None = Field(None, description="what a network of your own is built with besides these")
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _name_of_a_class(cls, value: Any) -> Any:
+        """A class or function, as Python code would hand it over, is recorded by where it can be imported."""
+        if isinstance(value, str) or not callable(value):
+            return value
+        module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+        if module is None or name is None or "<" in name:
+            raise ValueError(
+                f"expected a class or function that can be imported, got {value!r}; define it at the top of a module"
+            )
+        return f"{module}:{name}"
+
+    @field_validator("kind")
+    @classmethod
+    def _known_or_importable(cls, value: str) -> str:
+        module, separator, name = value.partition(":")
+        parts = [*module.split("."), *name.split(".")]
+        if value not in cls.KINDS and not (separator and all(part.isidentifier() for part in parts)):
+            known = ", ".join(repr(kind) for kind in cls.KINDS)
+            close = difflib.get_close_matches(value, cls.KINDS, n=1, cutoff=0.5)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"expected {known} or package.module:Name, got {value!r}{meant}")
+        return value
+
+    @model_validator(mode="after")
+    def _options_are_foreign(self) -> ModelSettings:
+        if self.options is not None and not self.is_foreign:
+            raise ValueError(f"options go with a network of your own, not with kind: {self.kind}")
+        return self
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the network comes from outside the package."""
+        return self.kind not in self.KINDS
 
 
 class ArmSettings(Settings):
@@ -259,7 +363,7 @@ class TrainingSettings(Settings):
         " inner samples (conditional averaging); auto: sample where the labels have it, else pooled",
     )
     covariance_frames: float = Field(
-        7000.0, gt=0, description="pooled: with so many training frames, a frame's own covariance counts half"
+        50000.0, gt=0, description="pooled: with so many training frames, a frame's own covariance counts half"
     )
     covariance_regions: int = Field(4, ge=1, description="pooled: regions of the soft coordinates")
     whiten: Literal["none", "noise"] = Field(

@@ -254,11 +254,32 @@ class BeadMap:
             temporary.write_text("\n".join([*kept, *bonds, "END"]) + "\n", encoding="utf-8")
 
 
-def build_bead_map(beads: str, topology: md.Topology) -> BeadMap:
+def find_end_marks(residues: Sequence[tuple[str, int, int]]) -> list[str]:
+    """A mark for the residue of each bead.
+
+    ``N-`` in the first residue of its chain that holds beads, ``C-`` in the last, ``NC-`` where that is the same, else
+    nothing.
+    """
+    marks = []
+    for key in residues:
+        chain = [other for other in residues if other[2] == key[2]]
+        mark = ("N" if key == chain[0] else "") + ("C" if key == chain[-1] else "")
+        marks.append(f"{mark}-" if mark else "")
+    return marks
+
+
+def build_bead_map(beads: str, topology: md.Topology, *, ends: bool = False) -> BeadMap:
     """Slice map from a preset (``ca``, ``backbone``, ``heavy``) or an mdtraj selection: one bead an atom.
 
     Beads are bonded where the atoms between them, if any, are not beads. Species: the residue name for
     ``ca``, else ``RESIDUE:ATOM``.
+
+    Parameters
+    ----------
+    beads : preset or selection
+    topology : of all atoms
+    ends : beads in the first and last residue of a chain get species of their own (``N-ALA``, ``C-ALA``): an energy of
+        distances and angles cannot tell the two ends of a chain apart by anything else
 
     Raises
     ------
@@ -284,14 +305,19 @@ def build_bead_map(beads: str, topology: md.Topology) -> BeadMap:
         raise MappingError(f"bead on the massless site {massless[0]}", hint="select massive atoms only")
     weights = np.zeros((len(atoms), topology.n_atoms))
     weights[np.arange(len(atoms)), atoms] = 1.0
-    species = [a.residue.name if beads == "ca" else f"{a.residue.name}:{a.name}" for a in sites]
+    residues = [(a.residue.name, int(a.residue.resSeq), int(a.residue.chain.index)) for a in sites]
+    marks = find_end_marks(residues) if ends else [""] * len(sites)
+    species = [
+        m + (a.residue.name if beads == "ca" else f"{a.residue.name}:{a.name}")
+        for m, a in zip(marks, sites, strict=True)
+    ]
     return BeadMap(
         weights,
         tuple(species),
         np.array([a.element.mass for a in sites]),
         contract_bonds([(a.index, b.index) for a, b in topology.bonds], atoms.tolist(), topology.n_atoms),
         tuple(a.name for a in sites),
-        tuple((a.residue.name, int(a.residue.resSeq), int(a.residue.chain.index)) for a in sites),
+        tuple(residues),
     )
 
 

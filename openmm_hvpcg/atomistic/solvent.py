@@ -22,6 +22,11 @@ from openmm_hvpcg.errors import InputError
 CUTOFF_NM = 1.0
 SWITCH_NM = 0.9
 
+#: g/cm^3 of the atoms of a file whose box is filled with water; a deposited crystal has a few waters in a unit cell
+#: that the rest of the crystal fills, a structure of NMR a box of 0.1 nm.
+WATER_BOX_DENSITY = (0.5, 2.0)
+AMU_PER_NM3_IN_G_PER_CM3 = 1.66053907e-3
+
 SOLVENT_DIELECTRIC = 78.5
 SOLUTE_DIELECTRIC = 1.0
 
@@ -64,6 +69,17 @@ def has_implicit_solvent(system: openmm.System) -> bool:
 def count_waters(topology: app.Topology) -> int:
     """Number of water molecules (OpenMM's readers name them all HOH)."""
     return sum(residue.name in ("HOH", "WAT") for residue in topology.residues())
+
+
+def holds_water_box(topology: app.Topology) -> bool:
+    """Whether the box is filled with water, rather than the unit cell of a crystal or no box at all."""
+    vectors = topology.getPeriodicBoxVectors()
+    if vectors is None or count_waters(topology) == 0:
+        return False
+    volume_nm3 = np.prod([vectors[i][i].value_in_unit(unit.nanometer) for i in range(3)])
+    mass_amu = sum(a.element.mass.value_in_unit(unit.amu) for a in topology.atoms() if a.element is not None)
+    low, high = WATER_BOX_DENSITY
+    return bool(low < mass_amu / volume_nm3 * AMU_PER_NM3_IN_G_PER_CM3 < high)
 
 
 def add_water_box(

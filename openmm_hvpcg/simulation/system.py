@@ -15,7 +15,7 @@ import torch
 from openmm import app
 
 from openmm_hvpcg.errors import HVPCGError, InputError, PotentialError
-from openmm_hvpcg.mapping import BeadMap
+from openmm_hvpcg.mapping import BeadMap, find_end_marks
 from openmm_hvpcg.potential import PotentialSpec, bind_molecule, load_potential
 from openmm_hvpcg.simulation.backends import build_network_force, clone_script, dump_script
 from openmm_hvpcg.simulation.native_priors import build_prior_forces
@@ -149,7 +149,11 @@ def _read_topology(spec: PotentialSpec, topology: md.Topology) -> BeadMap:
     """A topology of beads as a bead map: species by site, masses by species, bonds as they are."""
     if topology.n_atoms == 0:
         raise InputError("the topology holds no beads")
-    species = [find_species(spec, atom.residue.name, atom.name) for atom in topology.atoms]
+    residues = [(a.residue.name, int(a.residue.resSeq), int(a.residue.chain.index)) for a in topology.atoms]
+    species = [
+        find_species(spec, atom.residue.name, atom.name, mark)
+        for atom, mark in zip(topology.atoms, find_end_marks(residues), strict=True)
+    ]
     unknown = [
         f"{atom.residue.name}{atom.residue.resSeq}:{atom.name}"
         for atom, kind in zip(topology.atoms, species, strict=True)
@@ -169,15 +173,16 @@ def _read_topology(spec: PotentialSpec, topology: md.Topology) -> BeadMap:
             np.array([spec.species_masses[kind] for kind in kinds]),
             np.array([(a.index, b.index) for a, b in topology.bonds], dtype=np.int64).reshape(-1, 2),
             tuple(atom.name for atom in topology.atoms),
-            tuple((a.residue.name, int(a.residue.resSeq), int(a.residue.chain.index)) for a in topology.atoms),
+            tuple(residues),
         )
     except HVPCGError as error:
         raise InputError(f"the topology does not make a molecule of beads ({error})") from error
 
 
-def find_species(spec: PotentialSpec, residue: str, name: str) -> str | None:
-    """Species of a bead: by ``RESIDUE:NAME``, else by residue where that has one species; None if unknown."""
-    for key in (f"{residue}:{name}", residue):
+def find_species(spec: PotentialSpec, residue: str, name: str, mark: str = "") -> str | None:
+    """Species of a bead: by ``RESIDUE:NAME``, with the ``mark`` of a chain's end first, else by residue where that has
+    one species; None if unknown."""
+    for key in (f"{mark}{residue}:{name}", f"{residue}:{name}", residue):
         if key in spec.sites:
             return spec.sites[key]
     of_residue = {kind for key, kind in spec.sites.items() if key.split(":")[0] == residue}

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from openmm_hvpcg.config import (
     LABELS_BEFORE,
+    REFERENCE_BEFORE,
     TRAINING_BEFORE,
     MoleculeSettings,
     Protocol,
@@ -40,7 +41,9 @@ WITHOUT_EFFECT = {"platform", "workers", "accelerator"}
 #: Settings younger than version 0.1.0, and what was done before there was a choice: records of older runs lack them.
 BEFORE = {
     "sampling.flexible_beads": False,
+    "mapping.ends": False,
     **{f"labels.{key}": value for key, value in LABELS_BEFORE.items()},
+    **{f"reference.{key}": value for key, value in REFERENCE_BEFORE.items()},
     **{f"training.{key}": value for key, value in TRAINING_BEFORE.items()},
 }
 
@@ -170,11 +173,7 @@ class Study:
 
     def _hash_inputs(self, molecule: MoleculeSettings) -> dict[str, Any]:
         """Hashes of the files a molecule is built from."""
-        source = molecule.input
-        own = [source.force_field] if isinstance(source.force_field, str) else source.force_field
-        names = [source.pdb, source.prmtop, source.coordinates, source.system_xml, *(source.trajectory or [])]
-        names += [name for name in own if name.endswith(".xml")]
-        return {f"{FILE}{name}": _hash(self.base / name) for name in names if name is not None}
+        return {f"{FILE}{name}": _hash(self.base / name) for name in molecule.input.list_files()}
 
     def find_output(self, stage: str, unit: str, *, begun: bool = False) -> Path:
         """The file or folder that is there once a unit is finished, or as soon as it has ``begun``."""

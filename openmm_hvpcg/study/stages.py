@@ -324,7 +324,7 @@ def _make_map(study: Study, molecule: str, topology: md.Topology) -> BeadMap:
     try:
         if isinstance(beads, dict):
             return BeadMap.load(study.base / beads["json"], topology.n_atoms)
-        return build_bead_map(beads, topology)
+        return build_bead_map(beads, topology, ends=study.protocol.mapping.ends)
     except HVPCGError as error:
         raise type(error)(str(error), where=f"molecule {molecule}") from error
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from openmm_hvpcg.errors import PotentialError
 from openmm_hvpcg.potential import PotentialSpec, save_potential
 from openmm_hvpcg.simulation.check import PotentialCheck, check_potential
 from openmm_hvpcg.storage import PathLike, atomic_path
@@ -19,7 +20,33 @@ logger = logging.getLogger(__name__)
 
 def script_potential(module: TotalEnergy) -> torch.jit.ScriptModule:
     """The module as TorchScript, ready for :func:`openmm_hvpcg.potential.save_potential`."""
-    return torch.jit.script(module.eval())
+    return script_network(module)
+
+
+def script_network(module: torch.nn.Module, where: object = None) -> torch.jit.ScriptModule:
+    """Any energy module as TorchScript.
+
+    Raises
+    ------
+    PotentialError
+        TorchScript does not take it; a network of one's own may hold what it has no word for.
+    """
+    try:
+        return torch.jit.script(module.eval())
+    except Exception as error:  # torch raises of many kinds
+        raise PotentialError(
+            f"not scriptable ({_shorten(str(error))})",
+            where=where,
+            hint="type the arguments and buffers, in a file without `from __future__ import annotations`",
+        ) from error
+
+
+def _shorten(message: str) -> str:
+    """What TorchScript says first, and the place it means: between them it may list every variant of an operation."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    place = next((i for i, line in enumerate(lines) if "<--- HERE" in line), 0)
+    file = next((line for line in reversed(lines[:place]) if line.startswith('File "')), None)
+    return lines[0] + (f" {file}: {lines[place - 1]}" if file else "")
 
 
 def export_potential(

@@ -32,7 +32,8 @@ from openmm_hvpcg.training.diagnosis import diagnose
 from openmm_hvpcg.training.evaluation import choose_network_share, evaluate_network
 from openmm_hvpcg.training.losses import LossScales
 from openmm_hvpcg.training.matching import MatchingModule, get_hvp_weight
-from openmm_hvpcg.training.models.schnet import build_network, scale_energy
+from openmm_hvpcg.training.models.check import check_model
+from openmm_hvpcg.training.models.registry import build_network, describe_source, scale_energy
 from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared, prepare
 from openmm_hvpcg.units import compute_kt
 
@@ -90,6 +91,9 @@ def fit_potential(
         The folder holds a training with other settings or data.
     BackendError
         ``training.accelerator`` is cuda and there is none.
+    ConfigError, PotentialError
+        A network of one's own cannot be built, or does not keep the contract of
+        :func:`~openmm_hvpcg.training.models.check.check_model`.
     """
     folder = Path(folder)
     made_from = {
@@ -103,6 +107,8 @@ def fit_potential(
     if (folder / RESULT_NAME).exists():
         logger.info("%s: training is finished already", folder)
         return load_fit(folder)
+    if model.is_foreign:
+        _check_foreign(datasets, model)
     prepared = prepare(datasets, training, model, priors, made_from)
     with explain_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +144,7 @@ def fit_potential(
     metrics["diagnosis"] = diagnosis.to_dict()
     if diagnosis.warning:
         logger.warning("%s: %s", arm, diagnosis.warning)
-    spec = replace(prepared.spec, metrics=metrics)
+    spec = replace(prepared.spec, metrics=metrics, provenance=prepared.spec.provenance | describe_source(model))
     content = {
         "spec": json.loads(spec.to_json()),
         "best": best.name,
@@ -165,6 +171,7 @@ def load_fit(folder: str | Path) -> FitResult:
         content = json.loads(path.read_text(encoding="utf-8"))
         spec = PotentialSpec.from_json(json.dumps(content["spec"]), where=path)
         model = ModelSettings.model_validate(spec.model)
+        _warn_of_changed_source(spec, model, path)
         network = _load_network(Path(folder) / "checkpoints" / content["best"], spec, model)
         scale_energy(network, content.get("network_share", 1.0))
         return FitResult(network, spec, content["metrics"], content["curves"])
@@ -307,6 +314,20 @@ def _train(
         )
         trainer.fit(module, loaders[0], loaders[1], ckpt_path=resume, weights_only=True)
     return recorder, checkpoint, trainer
+
+
+def _warn_of_changed_source(spec: PotentialSpec, model: ModelSettings, where: Path) -> None:
+    then, now = spec.provenance.get("network_sha256"), describe_source(model).get("network_sha256")
+    if then != now:
+        logger.warning("%s: the code of %s has changed since it was trained", where, model.kind)
+
+
+def _check_foreign(datasets: Sequence[LabelledFrames], model: ModelSettings) -> None:
+    """Try a network of someone's own on the species of the largest molecule, before time goes into training it."""
+    species = sorted({s for d in datasets for s in d.bead_map.species})
+    largest = max((d.bead_map for d in datasets), key=lambda bead_map: bead_map.n_beads)
+    index = torch.tensor([species.index(s) for s in largest.species])
+    check_model(build_network(len(species), model), index, model.cutoff_nm, name=model.kind)
 
 
 def _new_network(spec: PotentialSpec, model: ModelSettings) -> torch.nn.Module:

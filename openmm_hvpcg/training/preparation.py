@@ -20,6 +20,7 @@ from torch import Tensor
 from openmm_hvpcg._version import __version__
 from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
 from openmm_hvpcg.errors import DataError
+from openmm_hvpcg.mapping import find_end_marks
 from openmm_hvpcg.potential import PotentialSpec
 from openmm_hvpcg.prior_terms import PriorParameters
 from openmm_hvpcg.training.batches import MoleculeTensors
@@ -200,11 +201,14 @@ def _build_spec(
     masses: dict[str, float] = {}
     sites: dict[str, str] = {}
     for d in datasets:
-        for name, residue, kind, mass in zip(
-            d.bead_map.names, d.bead_map.residues, d.bead_map.species, d.bead_map.masses.tolist(), strict=True
+        m = d.bead_map
+        marks = find_end_marks(m.residues)
+        for mark, name, residue, kind, mass in zip(
+            marks, m.names, m.residues, m.species, m.masses.tolist(), strict=True
         ):
             masses.setdefault(kind, mass)
-            sites.setdefault(f"{residue[0]}:{name}", kind)
+            site = f"{residue[0]}:{name}"
+            sites.setdefault(mark + site if mark and kind.startswith(mark) else site, kind)
     return PotentialSpec(
         tuple(species),
         datasets[0].bead_map,

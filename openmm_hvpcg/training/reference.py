@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from openmm_hvpcg.atomistic.platforms import PlatformChoice, choose_platform
 from openmm_hvpcg.atomistic.systems import AtomisticSystem
-from openmm_hvpcg.config import ReferenceSettings
+from openmm_hvpcg.config import REFERENCE_BEFORE, ReferenceSettings
 from openmm_hvpcg.errors import BackendError, DataError, InputError, MappingError
 from openmm_hvpcg.frames import Frames, find_not_finite
 from openmm_hvpcg.mapping import BeadMap
@@ -51,6 +51,8 @@ FORCE_MAP_FRAMES = 1000
 SCAN_FRAMES = 4
 #: Temperatures of frames and System that differ by more, K, are two.
 TEMPERATURE_TOLERANCE_K = 1e-6
+#: Share of exchanges below which a ladder of temperatures is told to be too coarse.
+MIN_ACCEPTED = 0.1
 VECTORS = ("positions", "forces", "force_errors")
 MATRICES = ("probes", "hvps", "hvp_errors")
 
@@ -232,10 +234,17 @@ def compute_reference(
             got=f"{frames.temperature_K:g} K",
             where=system.name or None,
         )
+    if settings.ladder_K and settings.ladder_K[0] <= system.temperature_K:
+        raise InputError(
+            "reference.ladder_K does not lead upwards",
+            expected=f"temperatures above {system.temperature_K:g} K, that of the ensemble",
+            got=settings.ladder_K,
+            where=system.name or None,
+        )
     job = _Job(system, frames, bead_map, settings, choose_frames(frames.n_frames, settings.n_frames))
     made_from = describe_sources(system, frames, bead_map, settings, job.chosen)
     if Path(path).exists():
-        group = open_unfinished(path, KIND, FORMAT_VERSION, "reference", made_from)
+        group = open_unfinished(path, KIND, FORMAT_VERSION, "reference", made_from, REFERENCE_BEFORE)
     else:
         group = _create(job, path, made_from, _choose_platform(job, settings.platform))
     _fill(job, group, path, progress)
@@ -355,6 +364,7 @@ def _fill(job: _Job, group: Any, path: PathLike, progress: bool) -> None:
     probes = read_array(group, "probes", path)
     beta = 1.0 / compute_kt(job.system.temperature_K)
     bar = track(f"reference {job.system.name}", len(done), "configurations", done=int(done.sum()), show=progress)
+    accepted = []
     with bar as advance:
         for k, samples in zip(todo, _sample(job, group, path, probes, todo), strict=True):
             values = average_samples(samples, probes[k], beta, job.settings.blocks)
@@ -363,7 +373,19 @@ def _fill(job: _Job, group: Any, path: PathLike, progress: bool) -> None:
                 for name, value in zip(("forces", "force_errors", "hvps", "hvp_errors"), values, strict=True):
                     group[name][k] = value
                 group["done"][k] = 1
+            accepted.append(samples.accepted)
             advance(1)
+    _report_exchanges(path, [share for share in accepted if share is not None])
+
+
+def _report_exchanges(path: PathLike, accepted: list[float]) -> None:
+    """Say how well the ladder of temperatures works, where there is one."""
+    if not accepted:
+        return
+    mean = float(np.mean(accepted))
+    logger.info("%s: %.0f %% of the exchanges between temperatures were accepted", path, 100 * mean)
+    if mean < MIN_ACCEPTED:
+        logger.warning("%s: hot chains hardly reach the ensemble: put reference.ladder_K closer together", path)
 
 
 def _sample(

@@ -26,7 +26,11 @@ COLOURS = {
     "best": "tab:red",
     "best averaged": "tab:purple",
 }
-FIGURES = {"pmf_force_rmse": "PMF force error, kJ/mol/nm", "pmf_hvp_rmse": "PMF HVP error, kJ/mol/nm$^2$"}
+FIGURES = {
+    "pmf_force_rmse": "PMF force error, kJ/mol/nm",
+    "pmf_hvp_rmse": "PMF HVP error, kJ/mol/nm$^2$",
+    "kl_tica1": "KL along the slowest mode, nats",
+}
 
 
 def main() -> None:
@@ -53,30 +57,48 @@ def group(runs: Runs) -> dict[str, dict[int, Runs]]:
     return {arm: dict(sorted(found[arm].items())) for arm in COLOURS if arm in found}
 
 
+def get_figure(run: dict[str, Any], key: str) -> float:
+    """An error against the reference, or what a simulation gave; NaN where there is none, or it was unstable."""
+    return float(run[key] if key in run else run.get("simulation", {}).get(key, np.nan))
+
+
 def plot_errors(content: dict[str, Any], path: Path) -> None:
-    """Errors against frames and against AA force calls: mean and range over seeds."""
+    """Figures against frames, AA force calls and training time: mean and range over seeds."""
     axes_of: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
         ("frames", lambda run: run["n_frames"]),
         ("AA force calls (sampling and labels)", lambda run: run["force_calls"]),
+        ("training, CPU s", lambda run: run["training_cpu_s"]),
     ]
-    figure, axes = plt.subplots(2, 2, figsize=(9, 7), sharey="row", layout="constrained")
+    figure, axes = plt.subplots(len(FIGURES), 3, figsize=(13, 10), sharey="row", sharex="col", layout="constrained")
     arms = group(content["runs"])
     for row, (key, label) in zip(axes, FIGURES.items(), strict=True):
         for axis, (title, abscissa) in zip(row, axes_of, strict=True):
             for arm, sizes in arms.items():
-                x = [abscissa(runs[0]) for runs in sizes.values()]
-                y = [[run[key] for run in runs] for runs in sizes.values()]
-                axis.plot(x, [np.mean(v) for v in y], "o-", ms=4, color=COLOURS[arm], label=arm)
-                axis.fill_between(x, [min(v) for v in y], [max(v) for v in y], color=COLOURS[arm], alpha=0.15, lw=0)
-            priors = {n: np.mean([r[key.replace("pmf", "priors")] for r in runs]) for n, runs in arms["fm"].items()}
-            x = [abscissa(runs[0]) for runs in arms["fm"].values()]
-            axis.plot(x, list(priors.values()), "k--", lw=1, label="priors alone")
-            axis.set(xscale="log", yscale="log", xlabel=title, ylabel=label if axis is row[0] else "")
+                plot_arm(axis, arm, list(sizes.values()), key, abscissa)
+            if key.startswith("pmf"):
+                sizes = list(arms["fm"].values())
+                priors = [np.mean([r[key.replace("pmf", "priors")] for r in runs]) for runs in sizes]
+                x = [np.mean([abscissa(r) for r in runs]) for runs in sizes]
+                axis.plot(x, priors, "k--", lw=1, label="priors alone")
+            axis.set(xscale="log", yscale="log", ylabel=label if axis is row[0] else "")
+            axis.set_xlabel(title if row is axes[-1] else "")
             axis.grid(alpha=0.3, which="both")
+    floors = [r["simulation"]["kl_floor"] for r in content["runs"] if r.get("simulation", {}).get("stable")]
+    for axis in axes[-1] if floors else ():
+        axis.axhline(np.mean(floors), color="k", ls=":", lw=1, label="two halves of the reference")
     axes[0, 0].legend(fontsize=8)
-    figure.suptitle(f"{content['molecule']}: error against the PMF reference (mean and range of the seeds)")
+    figure.suptitle(f"{content['molecule']}: against the all-atom truth (mean and range of the seeds)")
     figure.savefig(path, dpi=80)
     plt.close(figure)
+
+
+def plot_arm(axis: Any, arm: str, sizes: list[Runs], key: str, abscissa: Callable[[dict[str, Any]], float]) -> None:
+    values = [[v for run in runs if np.isfinite(v := get_figure(run, key))] for runs in sizes]
+    known = [k for k, v in enumerate(values) if v]
+    x = [np.mean([abscissa(run) for run in sizes[k]]) for k in known]
+    low, mean, high = ([f(values[k]) for k in known] for f in (min, np.mean, max))
+    axis.plot(x, mean, "o-", ms=4, color=COLOURS[arm], label=arm)
+    axis.fill_between(x, low, high, color=COLOURS[arm], alpha=0.15, lw=0)
 
 
 def make_table(content: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import joblib
 import numpy as np
 import torch
+from arms import ARMS, NAMES, Arm
 
 from openmm_hvpcg.analysis.compare import compare_runs
 from openmm_hvpcg.atomistic.sampling import sample_frames
@@ -40,34 +41,15 @@ from openmm_hvpcg.training.reference_errors import compute_reference_errors
 
 SIZES = (250, 1000, 4000, 16000)
 SEEDS = (1, 2, 3)
-#: Frames labelled by conditional averaging, and how.
+#: Frames labelled by conditional averaging, and how: the hidden atoms of the pentapeptide forget more slowly.
 AVERAGED_FRAMES = 4000
-AVERAGING = AveragingSettings(n_samples=20, stride=5, hvp_every=4)
+AVERAGING = {
+    "alanine": AveragingSettings(n_samples=20, stride=5, hvp_every=4),
+    "pentapeptide": AveragingSettings(n_samples=20, stride=20, hvp_every=4),
+}
 AVERAGED_PROBES = 6
 #: Seed of the walkers whose frames are judged on, and never trained on.
 TEST_SEED = 101
-
-
-@dataclass(frozen=True)
-class Arm:
-    """Which labels an arm is trained on, and how; ``probes`` None takes all of the labels'."""
-
-    labels: str
-    settings: dict[str, Any]
-    probes: int | None = None
-
-
-ARMS = {
-    "fm": Arm("optimal", {"hvp_weight": 0.0, "learning_rate": 3e-3}),
-    "hvp slice": Arm("slice", {"hvp_weight": 1.0, "covariance": "frame", "learning_rate": 3e-3}),
-    "hvp optimal": Arm("optimal", {"hvp_weight": 1.0, "covariance": "frame", "learning_rate": 3e-3}, probes=4),
-    "best": Arm("optimal", {"hvp_weight": "balanced", "covariance": "pooled", "covariance_frames": 7000.0}),
-    "best averaged": Arm(
-        "averaged", {"hvp_weight": 1.0, "covariance": "sample", "learning_rate": 1e-2, "weight_decay": 0.01}
-    ),
-}
-#: Passes over the data at each size: about 1200 to 3000 steps.
-EPOCHS = {250: 300, 1000: 100, 4000: 40, 16000: 15}
 
 
 @dataclass(frozen=True)
@@ -85,6 +67,7 @@ def main() -> None:
     parser.add_argument("protocol", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sizes", type=int, nargs="+", choices=SIZES, default=SIZES)
+    parser.add_argument("--arms", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--simulate-seeds", type=int, nargs="*", default=SEEDS[:1], help="seeds whose models are run")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
@@ -99,9 +82,8 @@ def main() -> None:
         for simulated in (False, True)
         for seed in options.seeds
         for size in sorted(options.sizes)
-        for arm in ARMS
-        if (ARMS[arm].labels != "averaged" or size <= AVERAGED_FRAMES)
-        and (not simulated or seed in options.simulate_seeds)
+        for arm in options.arms
+        if size in ARMS[protocol.molecules[0].name][arm].pace and (not simulated or seed in options.simulate_seeds)
     ]
     run_all(protocol, out, bead_map, work, options.jobs)
     collect(protocol, out, bead_map, system.name)
@@ -119,7 +101,7 @@ def prepare_data(protocol: Protocol, out: Path) -> tuple[AtomisticSystem, BeadMa
     )
     if not isinstance(protocol.mapping.beads, str):
         raise SystemExit("this study takes a selection, not a JSON map")
-    bead_map = build_bead_map(protocol.mapping.beads, system.topology)
+    bead_map = build_bead_map(protocol.mapping.beads, system.topology, ends=protocol.mapping.ends)
     (out / "frames").mkdir(parents=True, exist_ok=True)
     (out / "labels").mkdir(exist_ok=True)
     for name, seed in (("train", sampling.seed), ("test", TEST_SEED)):
@@ -135,7 +117,11 @@ def prepare_data(protocol: Protocol, out: Path) -> tuple[AtomisticSystem, BeadMa
 def list_labels(protocol: Protocol) -> dict[str, LabelSettings]:
     """The label sets of the study."""
     own = protocol.labels
-    averaged = {"probes_per_frame": AVERAGED_PROBES, "averaging": AVERAGING, "max_frames": AVERAGED_FRAMES}
+    averaged = {
+        "probes_per_frame": AVERAGED_PROBES,
+        "averaging": AVERAGING[protocol.molecules[0].name],
+        "max_frames": AVERAGED_FRAMES,
+    }
     return {
         "slice": own.model_copy(update={"force_map": "slice", "probes_per_frame": 4}),
         "optimal": own,
@@ -153,6 +139,10 @@ def run_all(protocol: Protocol, out: Path, bead_map: BeadMap, work: list[Work], 
         logging.info("%s (%d of %d, %.0f s)", label, k, len(todo), time.perf_counter() - began)
         if k % 10 == 0:
             collect(protocol, out, bead_map, protocol.molecules[0].name)
+
+
+def get_arm(protocol: Protocol, work: Work) -> Arm:
+    return ARMS[protocol.molecules[0].name][work.arm]
 
 
 def folder_of(out: Path, work: Work) -> Path:
@@ -179,11 +169,14 @@ def select_frames(dataset: LabelledFrames, size: int, seed: int) -> LabelledFram
 
 def fit_model(protocol: Protocol, out: Path, bead_map: BeadMap, work: Work) -> tuple[FitResult, LabelledFrames]:
     """The trained model and its labels; a finished training is read back."""
-    arm = ARMS[work.arm]
+    arm = get_arm(protocol, work)
     dataset = select_frames(load_dataset(out / "labels" / f"{arm.labels}.zarr", bead_map), work.size, work.seed)
     if arm.probes is not None:
         dataset = replace(dataset, probes=dataset.probes[:, : arm.probes], hvps=dataset.hvps[:, : arm.probes])
-    training = protocol.training.model_copy(update={**arm.settings, "max_epochs": EPOCHS[work.size], "seed": work.seed})
+    epochs, learning_rate = arm.pace[work.size]
+    pace = {"max_epochs": epochs, "learning_rate": learning_rate, "seed": work.seed}
+    update = {**arm.settings, **arm.by_size.get(work.size, {}), **pace}
+    training = protocol.training.model_copy(update=update)
     folder = folder_of(out, work) / "fit"
     fit = fit_potential([dataset], training, protocol.model, protocol.priors, folder, arm=work.arm, progress=False)
     shutil.rmtree(folder / "logs", ignore_errors=True)
@@ -211,7 +204,7 @@ def train_one(protocol: Protocol, out: Path, bead_map: BeadMap, work: Work) -> N
 
 def count_calls(protocol: Protocol, out: Path, work: Work) -> int:
     """AA force calls of an arm: MD steps to sample its frames, and its labels."""
-    arm = ARMS[work.arm]
+    arm = get_arm(protocol, work)
     if work.arm == "fm":
         labels = 1
     elif arm.labels == "averaged":
@@ -279,9 +272,14 @@ def collect(protocol: Protocol, out: Path, bead_map: BeadMap, name: str) -> None
             "force_rms": rms(reference.forces),
             "force_noise": rms(reference.force_errors),
         },
-        "arms": {arm: {"labels": a.labels, "probes": a.probes, **a.settings} for arm, a in ARMS.items()},
-        "epochs": EPOCHS,
-        "averaging": {**AVERAGING.model_dump(), "probes_per_frame": AVERAGED_PROBES},
+        "arms": {
+            arm: {
+                **{"labels": a.labels, "probes": a.probes, **a.settings, "epochs, learning rate": a.pace},
+                **({"by number of frames": a.by_size} if a.by_size else {}),
+            }
+            for arm, a in ARMS[name].items()
+        },
+        "averaging": {**AVERAGING[name].model_dump(), "probes_per_frame": AVERAGED_PROBES},
         "runs": list(runs.values()),
     }
     write_json(out / "results.json", content)

@@ -32,7 +32,7 @@ from openmm_hvpcg.storage import write_text
 from openmm_hvpcg.training.dataset import LabelledFrames
 from openmm_hvpcg.training.export import export_potential
 from openmm_hvpcg.training.labels.label import label_frames
-from openmm_hvpcg.training.models.schnet import build_network
+from openmm_hvpcg.training.models.registry import build_network
 
 HERE = Path(__file__).parent
 FILES = HERE / "files" / f"version_{potential.FORMAT_VERSION}"

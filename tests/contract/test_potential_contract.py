@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,10 +17,10 @@ from openmm_hvpcg.simulation.backends import evaluate_script
 from openmm_hvpcg.simulation.check import check_potential
 from openmm_hvpcg.simulation.system import CGPotential
 from openmm_hvpcg.training.export import script_potential
-from openmm_hvpcg.training.models.schnet import build_network
+from openmm_hvpcg.training.models.registry import build_network
 from openmm_hvpcg.training.models.total import TotalEnergy
 
-KINDS = get_args(ModelSettings.model_fields["kind"].annotation)
+KINDS = (*ModelSettings.KINDS, "my_network:MyNetwork")
 SETTINGS = {"features": 16, "interactions": 2, "radial": 12, "cutoff_nm": 0.9}
 
 

@@ -25,6 +25,8 @@ from openmm_hvpcg import cli
 from openmm_hvpcg.frames import load_frames
 
 PDB = {"pdb": "dialanine.pdb"}
+GROMACS = {"top": "dialanine.top", "coordinates": "dialanine.gro"}
+CHARMM = {"psf": "dialanine.psf", "parameters": "dialanine.prm", "coordinates": "dialanine.crd"}
 
 
 def assert_refused(result: Result, *words: str) -> None:
@@ -62,6 +64,15 @@ def strip_hydrogens(text: str) -> str:
     return "".join(line for line in text.splitlines(keepends=True) if not line[12:16].strip().startswith("H"))
 
 
+def strip_residue(text: str, number: int) -> str:
+    return "".join(line for line in text.splitlines(keepends=True) if line[22:26].strip() != str(number))
+
+
+def write_small_gro(folder: Path) -> None:
+    atoms = "".join(f"{1:5d}ACE  {name:>5}{k:5d}{0.1 * k:8.3f}{0:8.3f}{0:8.3f}\n" for k, name in ((1, "CH3"), (2, "C")))
+    (folder / "small.gro").write_text(f"two atoms\n    2\n{atoms}   0.0 0.0 0.0\n")
+
+
 def write_small_rst7(folder: Path) -> dict[str, Any]:
     (folder / "small.rst7").write_text("two atoms\n    2\n" + "".join(f"{x:12.7f}" for x in range(6)) + "\n")
     return {"prmtop": "dialanine.prmtop", "coordinates": "small.rst7"}
@@ -88,7 +99,13 @@ INPUTS = {
     "unknown residue": Case(
         PDB, ("dialanine.pdb", "XYZ"), lambda f: edit(f / "dialanine.pdb", lambda t: t.replace("ALA", "XYZ"))
     ),
-    "missing hydrogens": Case(PDB, ("dialanine.pdb", "ydrogen"), lambda f: edit(f / "dialanine.pdb", strip_hydrogens)),
+    "missing hydrogens": Case(
+        {**PDB, "repair": False}, ("dialanine.pdb", "ydrogen"), lambda f: edit(f / "dialanine.pdb", strip_hydrogens)
+    ),
+    "gap in a chain": Case(
+        PDB, ("gap", "ALA 2 (chain A)", "NME 4"), lambda f: edit(f / "dialanine.pdb", lambda t: strip_residue(t, 3))
+    ),
+    "residue to remove is not there": Case({**PDB, "remove": ["GOL"]}, ("no residue GOL", "ACE, ALA, NME")),
     "NaN in a structure": Case(
         PDB,
         ("dialanine.pdb", "NaN"),
@@ -100,6 +117,17 @@ INPUTS = {
     "unknown amino acid": Case({"sequence": "AXA"}, ("X",)),
     "prmtop and coordinates differ": Case(write_small_rst7, ("32", "2", "different sizes")),
     "not a prmtop": Case({"prmtop": "dialanine.pdb", "coordinates": "dialanine.rst7"}, ("dialanine.pdb", "prmtop")),
+    "GROMACS include": Case(
+        GROMACS,
+        ("dialanine.top", "none.itp", "include_folder"),
+        lambda f: edit(f / "dialanine.top", lambda t: '#include "none.itp"\n' + t),
+    ),
+    "GROMACS coordinates differ": Case({**GROMACS, "coordinates": "small.gro"}, ("32", "2"), write_small_gro),
+    "CHARMM parameter missing": Case(
+        CHARMM,
+        ("dialanine.psf", "Missing bond type"),
+        lambda f: edit(f / "dialanine.prm", lambda t: t.replace("C5     C1 ", "C5     C6 ", 1)),
+    ),
     "not a System": Case({"system_xml": "dialanine.pdb", "pdb": "dialanine.pdb"}, ("dialanine.pdb", "openmm.System")),
     "System and PDB differ": Case(
         {"system_xml": "dialanine.xml", **PDB},

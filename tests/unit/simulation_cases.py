@@ -13,7 +13,7 @@ from openmm_hvpcg.potential import PotentialSpec, save_potential
 from openmm_hvpcg.prior_terms import PriorParameters
 from openmm_hvpcg.simulation.system import CGPotential
 from openmm_hvpcg.training.export import script_potential
-from openmm_hvpcg.training.models.schnet import build_network
+from openmm_hvpcg.training.models.registry import build_network
 from openmm_hvpcg.training.models.total import TotalEnergy
 
 TEMPERATURE = 300.0

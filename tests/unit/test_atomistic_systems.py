@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import mdtraj as md
 import numpy as np
@@ -22,6 +23,8 @@ from openmm_hvpcg.mapping import BeadMap, build_bead_map
 DATA = Path(__file__).resolve().parents[2] / "data"
 PDB = {"pdb": "dialanine.pdb"}
 AMBER = {"prmtop": "dialanine.prmtop", "coordinates": "dialanine.rst7"}
+GROMACS = {"top": "dialanine.top", "coordinates": "dialanine.gro"}
+PSF: dict[str, Any] = {"psf": "dialanine.psf", "parameters": "dialanine.prm", "coordinates": "dialanine.crd"}
 XML = {"system_xml": "dialanine.xml", "pdb": "dialanine.pdb"}
 
 
@@ -56,9 +59,11 @@ def kinds(system: openmm.System) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"sequence": "AA"}, PDB, AMBER, XML], ids=["sequence", "pdb", "amber", "system_xml"]
+    "settings",
+    [{"sequence": "AA"}, PDB, AMBER, GROMACS, PSF, XML],
+    ids=["sequence", "pdb", "amber", "gromacs", "charmm", "system_xml"],
 )
-def test_the_four_sources_give_the_same_molecule(settings: dict[str, str]) -> None:
+def test_all_sources_give_the_same_molecule(settings: dict[str, Any]) -> None:
     molecule = build(**settings)
     reference = build(sequence="AA")
     assert molecule.n_atoms == 32
@@ -72,7 +77,7 @@ def test_the_four_sources_give_the_same_molecule(settings: dict[str, str]) -> No
     want_energy, want_forces = evaluate(reference.system, reference.positions)
     # Amber files hold charges and force constants to 8 digits and Amber's own Coulomb constant (relative
     # difference 1e-6 of the electrostatic energy, some 1000 kJ/mol): 0.05 kJ/mol. The others are exact.
-    tolerance = 0.05 if "prmtop" in settings else 1e-6
+    tolerance = 0.05 if "coordinates" in settings else 1e-6
     assert energy == pytest.approx(want_energy, abs=tolerance)
     np.testing.assert_allclose(forces, want_forces, atol=max(0.5 * (tolerance > 1e-3), 1e-6))
 
@@ -103,18 +108,20 @@ def test_sequence_is_minimised_and_repeatable() -> None:
     assert before - after < 5.0
 
 
-@pytest.mark.parametrize("settings", [{"sequence": "A"}, AMBER], ids=["sequence", "amber"])
+@pytest.mark.parametrize(
+    "settings", [{"sequence": "A"}, AMBER, GROMACS, PSF], ids=["sequence", "amber", "gromacs", "charmm"]
+)
 def test_vacuum_has_no_solvent(settings: dict[str, str]) -> None:
     assert not kinds(build(**settings, solvent="vacuum").system) & {"GBSAOBCForce", "CustomGBForce"}
 
 
-@pytest.mark.parametrize("settings", [PDB, AMBER], ids=["pdb", "amber"])
+@pytest.mark.parametrize("settings", [PDB, AMBER, GROMACS, PSF], ids=["pdb", "amber", "gromacs", "charmm"])
 def test_constraints(settings: dict[str, str]) -> None:
     counts = [build(constraints=c, **settings).system.getNumConstraints() for c in ("none", "hbonds", "allbonds")]
     assert counts == [0, 17, 31]  # dialanine has 17 hydrogens and 31 bonds
 
 
-@pytest.mark.parametrize("settings", [PDB, AMBER], ids=["pdb", "amber"])
+@pytest.mark.parametrize("settings", [PDB, AMBER, GROMACS, PSF], ids=["pdb", "amber", "gromacs", "charmm"])
 def test_hydrogen_mass_repartitioning(settings: dict[str, str]) -> None:
     plain, heavy = build(**settings), build(**settings, hydrogen_mass_amu=1.5)
     masses = [np.array([m.system.getParticleMass(i)._value for i in range(m.n_atoms)]) for m in (plain, heavy)]
@@ -210,7 +217,7 @@ def soften(system: openmm.System, pairs: set[frozenset[int]]) -> None:
 CHARMM = {**PDB, "force_field": "charmm36", "solvent": "vacuum"}
 FLEXIBLE = [
     (settings, constraints, beads)
-    for settings in ({"sequence": "AA"}, PDB, AMBER)
+    for settings in ({"sequence": "AA"}, PDB, AMBER, GROMACS, PSF)
     for constraints in ("hbonds", "allbonds")
     for beads in ("ca", "heavy")
 ]
@@ -308,18 +315,18 @@ def _edit_pdb(tmp_path: Path, keep: object = None, replace: tuple[str, str] | No
 def test_missing_hydrogens(tmp_path: Path) -> None:
     name = _edit_pdb(tmp_path, keep=lambda line: line[76:78].strip() != "H" or line[22:26].strip() != "3")
     with pytest.raises(InputError, match=r"residue ALA 3 \(chain A\) lacks hydrogens .*addHydrogens or pdbfixer"):
-        build(base=tmp_path, pdb=name)
+        build(base=tmp_path, pdb=name, repair=False)
 
 
 def test_missing_heavy_atom(tmp_path: Path) -> None:
     name = _edit_pdb(tmp_path, keep=lambda line: line[12:16].strip() != "O" or line[22:26].strip() != "2")
     with pytest.raises(InputError, match=r"residue ALA 2 \(chain A\) lacks atoms O"):
-        build(base=tmp_path, pdb=name)
+        build(base=tmp_path, pdb=name, repair=False)
 
 
 @pytest.mark.parametrize("solvent", ["obc2", "explicit"])
 def test_unknown_residue(tmp_path: Path, solvent: str) -> None:
-    name = _edit_pdb(tmp_path, keep=lambda line: line[22:26].strip() != "3", replace=("ALA A   2", "XYZ A   2"))
+    name = _edit_pdb(tmp_path, replace=("ALA A   2", "XYZ A   2"))
     with pytest.raises(InputError, match=r"residue XYZ 2 \(chain A\) is unknown"):
         build(base=tmp_path, pdb=name, solvent=solvent)
 
@@ -327,7 +334,7 @@ def test_unknown_residue(tmp_path: Path, solvent: str) -> None:
 def test_missing_hydrogens_with_charmm_patches(tmp_path: Path) -> None:
     name = _edit_pdb(tmp_path, keep=lambda line: line[12:16].strip() not in ("HA", "HB1"))
     with pytest.raises(InputError, match=r"residue ALA [23] \(chain A\) lacks hydrogens"):
-        build(base=tmp_path, pdb=name, force_field="charmm36")
+        build(base=tmp_path, pdb=name, force_field="charmm36", repair=False)
 
 
 def test_nan_in_pdb(tmp_path: Path) -> None:
@@ -350,7 +357,9 @@ def test_amber_explicit_needs_a_box() -> None:
         build(**AMBER, solvent="explicit")
 
 
-@pytest.mark.parametrize("settings", [PDB, AMBER, XML], ids=["pdb", "amber", "system_xml"])
+@pytest.mark.parametrize(
+    "settings", [PDB, AMBER, GROMACS, PSF, XML], ids=["pdb", "amber", "gromacs", "charmm", "system_xml"]
+)
 def test_missing_and_unreadable_files(tmp_path: Path, settings: dict[str, str]) -> None:
     for key in settings:
         for other, name in settings.items():

@@ -121,6 +121,26 @@ class TestPresets:
         bridged.add_bond(*sulphur)
         assert build_bead_map("ca", bridged).bonds.tolist() == [[0, 1], [0, 2], [1, 2]]
 
+    @pytest.mark.parametrize(
+        ("beads", "sequence", "species"),
+        [
+            ("ca", "AAGAA", ("N-ALA", "ALA", "GLY", "ALA", "C-ALA")),
+            ("ca", "A", ("NC-ALA",)),
+            ("name CA or name CB", "AGA", ("N-ALA:CA", "N-ALA:CB", "GLY:CA", "C-ALA:CA", "C-ALA:CB")),
+        ],
+    )
+    def test_ends_have_species_of_their_own(self, beads: str, sequence: str, species: tuple[str, ...]) -> None:
+        topology = build_topology(sequence)
+        found = build_bead_map(beads, topology, ends=True)
+        assert found.species == species
+        plain = build_bead_map(beads, topology)
+        assert np.array_equal(found.site_weights, plain.site_weights)
+        assert found.hash != plain.hash
+
+    def test_ends_of_every_chain(self) -> None:
+        chains = build_topology("AGA").join(build_topology("GA"))
+        assert build_bead_map("ca", chains, ends=True).species == ("N-ALA", "GLY", "C-ALA", "N-GLY", "C-ALA")
+
     def test_positions_are_the_atoms(self, trajectory: md.Trajectory) -> None:
         beads = build_bead_map("ca", trajectory.topology).map_positions(trajectory.xyz)
         assert np.array_equal(beads, trajectory.xyz[:, trajectory.topology.select("name CA")].astype(float))

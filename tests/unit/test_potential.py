@@ -30,7 +30,7 @@ from openmm_hvpcg.potential import (
     save_potential,
 )
 from openmm_hvpcg.prior_terms import ANY, DIHEDRAL_ORDER, PriorParameters
-from openmm_hvpcg.training.models.schnet import build_network
+from openmm_hvpcg.training.models.registry import build_network
 from openmm_hvpcg.training.models.total import TotalEnergy
 from openmm_hvpcg.units import UNITS
 

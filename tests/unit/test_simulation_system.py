@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import mdtraj as md
@@ -200,6 +201,16 @@ def test_another_molecule_by_topology(kind: str) -> None:
     torch_side = evaluate_system(potential.createSystem(given, priors="torch"), frames)
     np.testing.assert_allclose(native[0], torch_side[0], rtol=FLOAT32)
     np.testing.assert_allclose(native[1], torch_side[1], atol=FLOAT32 * rms(native[1]))
+
+
+def test_ends_of_a_chain_are_found_by_their_mark() -> None:
+    """A potential of maps with ends: the same residue is another species at an end of a chain, else its plain one."""
+    potential = build_potential()
+    spec = replace(potential.spec, sites={"ALA:CA": "A", "N-ALA:CA": "B", "C-ALA:CA": "C"})
+    chain = build_cg_topology([("ALA", "CA")] * 4)
+    assert CGPotential(potential.script, spec).resolve_molecule(chain).species == ("B", "A", "A", "C")
+    # A potential without species for ends takes no notice of them.
+    assert potential.resolve_molecule(chain).species == ("A",) * 4
 
 
 def test_unknown_bead_is_named() -> None:

@@ -26,7 +26,7 @@ from openmm_hvpcg.training.evaluation import choose_network_share
 from openmm_hvpcg.training.export import export_potential, script_potential
 from openmm_hvpcg.training.fit import MatchingModule, fit_potential, load_fit
 from openmm_hvpcg.training.losses import compute_hvp_target, force_loss, hvp_loss
-from openmm_hvpcg.training.models.schnet import scale_energy
+from openmm_hvpcg.training.models.registry import scale_energy
 from openmm_hvpcg.training.models.total import TotalEnergy
 from openmm_hvpcg.training.preparation import Prepared, prepare
 
@@ -598,3 +598,17 @@ def test_patience_waits_for_the_hvps(tmp_path):
         [build_labels(80, 1, force_noise=2000.0)], settings, MODEL, PriorSettings(), tmp_path, progress=False
     )
     assert fit.metrics["epochs"] >= 8
+
+
+def test_a_spec_lists_the_ends_of_a_chain_apart() -> None:
+    data = build_labels()
+    residues = tuple(("MOL", n, 0) for n in range(data.bead_map.n_beads))
+    species = ("N-A", "A", "A", "A", "C-A")
+    sites = [
+        prepare(
+            [replace(data, bead_map=replace(data.bead_map, residues=residues, names=("X",) * 5, species=kinds))],
+            *(TrainingSettings(), MODEL, PriorSettings(), {}),
+        ).spec.sites
+        for kinds in (species, ("A",) * 5)
+    ]
+    assert sites == [{"N-MOL:X": "N-A", "MOL:X": "A", "C-MOL:X": "C-A"}, {"MOL:X": "A"}]

@@ -1,15 +1,26 @@
 from __future__ import annotations
 
+import logging
+import sys
+from pathlib import Path
+
 import mdtraj as md
 import numpy as np
 import pytest
 import torch
-from training_cases import REST, build_map
+from training_cases import REST, build_labels, build_map
 
-from openmm_hvpcg.config import ModelSettings
+from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings, resolve_arm, validate_protocol
+from openmm_hvpcg.errors import ConfigError, DataError, PotentialError
+from openmm_hvpcg.potential import load_potential
 from openmm_hvpcg.training.derivatives import compute_forces, compute_forces_and_hvps
+from openmm_hvpcg.training.export import export_potential
+from openmm_hvpcg.training.fit import fit_potential, load_fit
 from openmm_hvpcg.training.models import priors
-from openmm_hvpcg.training.models.schnet import SchNet, build_network, cutoff_envelope
+from openmm_hvpcg.training.models.painn import PaiNN, soft_norm
+from openmm_hvpcg.training.models.radial import cutoff_envelope
+from openmm_hvpcg.training.models.registry import build_network, import_builder
+from openmm_hvpcg.training.models.schnet import SchNet
 
 SETTINGS = ModelSettings(features=8, interactions=2, radial=10, cutoff_nm=0.5)
 
@@ -123,3 +134,152 @@ def test_repulsion_is_smooth_where_it_starts():
     assert float(force[0, 1, 0]) == pytest.approx(7.5e-5, rel=0.02)
     assert float(hvp[0, 0, 1, 0]) == pytest.approx(1.5, rel=0.02)
     assert float(energy(x + 0.5 * direction[:, 0])) == 0.0
+
+
+CONTRACT = Path(__file__).parents[1] / "contract"
+TRAINING = TrainingSettings(hvp_weight=1.0, max_epochs=4, batch_size=16, learning_rate=5e-3, accelerator="cpu")
+SMALL = {"features": 8, "interactions": 2, "radial": 8, "cutoff_nm": 0.6}
+
+
+@pytest.fixture
+def importable(tmp_path, monkeypatch):
+    """A folder that networks can be imported from; what is imported from it is forgotten again."""
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def own_network(importable):
+    """The example of the README in a module of its own."""
+    (importable / "somebodys.py").write_text((CONTRACT / "my_network.py").read_text())
+    return importable / "somebodys.py"
+
+
+def fit(folder, model, **labels):
+    return fit_potential([build_labels(**labels)], TRAINING, model, PriorSettings(), folder, progress=False)
+
+
+def parse_model(**model) -> ModelSettings:
+    """As a protocol YAML gives it, arm overrides applied."""
+    content = {
+        "molecules": [{"name": "a", "input": {"sequence": "A"}}],
+        "model": {**SMALL, **model},
+        "training": {"arms": [{"name": "a", "hvp_weight": 1.0}]},
+    }
+    return resolve_arm(validate_protocol(content), "a")[1]
+
+
+@pytest.mark.parametrize("options", [{"kind": "painn"}, {"kind": "somebodys:MyNetwork", "options": {"width": 8}}])
+def test_other_networks_are_trained_read_back_and_exported(tmp_path, own_network, options):
+    model = parse_model(**options)
+    result = fit(tmp_path / "model", model, n_frames=80)
+    back = load_fit(tmp_path / "model")
+    assert back.spec.model == model.model_dump(mode="json")
+    x = torch.from_numpy(build_labels(n_frames=3).positions)
+    expected = result.network(x, SPECIES).detach()
+    assert float(expected.abs().max()) > 0
+    assert torch.equal(back.network(x, SPECIES), expected)
+    check = export_potential(back.network, back.spec, tmp_path / "potential.pt", x.numpy())
+    assert check.passed
+    script, spec = load_potential(tmp_path / "potential.pt")
+    script.include_priors = False
+    torch.testing.assert_close(script(x.double()).detach(), expected.sum().double(), rtol=1e-4, atol=1e-4)
+    source = spec.provenance.get("network_source")
+    assert source == (str(own_network) if model.is_foreign else None)
+
+
+def test_a_trained_network_of_ones_own_that_has_changed_or_gone(tmp_path, own_network, caplog):
+    fit(tmp_path / "model", ModelSettings(kind="somebodys:MyNetwork", **SMALL), n_frames=80)
+    own_network.write_text(own_network.read_text() + "\n# another comment\n")
+    with caplog.at_level(logging.WARNING, "openmm_hvpcg"):
+        load_fit(tmp_path / "model")
+    assert "the code of somebodys:MyNetwork has changed since it was trained" in caplog.text
+    own_network.write_text(own_network.read_text().replace("self.inner", "self.within"))
+    del sys.modules["somebodys"]
+    with pytest.raises(DataError, match="training result is damaged"):
+        load_fit(tmp_path / "model")
+    own_network.unlink()
+    del sys.modules["somebodys"]
+    with pytest.raises(ConfigError, match="module somebodys is not found"):
+        load_fit(tmp_path / "model")
+
+
+def test_a_bad_network_is_refused_before_it_is_trained(tmp_path, own_network):
+    own_network.write_text(own_network.read_text().replace("nn.Tanh()", "nn.ReLU()"))
+    with pytest.raises(PotentialError, match=r"somebodys:MyNetwork: its .* jumps"):
+        fit(tmp_path / "model", ModelSettings(kind="somebodys:MyNetwork", **SMALL), n_frames=20)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_class_is_recorded_by_its_name(own_network):
+    builder = import_builder("somebodys:MyNetwork")
+    settings = ModelSettings(kind=builder)
+    assert settings == ModelSettings(kind="somebodys:MyNetwork")
+    assert type(build_network(2, settings).network) is builder
+    assert ModelSettings(kind=PaiNN).kind == "openmm_hvpcg.training.models.painn:PaiNN"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("", "nowhere:Net", "module nowhere is not found.* PYTHONPATH"),
+        ("", "mine.deeper:Net", "module mine.deeper is not found"),
+        ("import nothing_like_it", "mine:Net", "module mine cannot be imported .*nothing_like_it"),
+        ("1 / 0", "mine:Net", "module mine cannot be imported .*ZeroDivisionError"),
+        ("class Network: pass", "mine:Netwrok", "mine has no Netwrok. Did you mean Network"),
+        ("net = 3", "mine:net", "expected a class or a function .* got an instance of int"),
+        ("import torch\nnet = torch.nn.Identity()", "mine:net", "got an instance of Identity"),
+        ("def build(n, settings): return n", "mine:build", "gives no network: expected a torch.nn.Module, got int"),
+        ("def build(n): pass", "mine:build", "mine:build cannot be built .*TypeError.*Called with the number|takes 1"),
+        ("def build(n, settings, width): 1 / 0", "mine:build", "cannot be built .*missing .*'width'"),
+    ],
+)
+def test_a_network_that_cannot_be_had_is_explained(importable, text, kind, message):
+    (importable / "mine.py").write_text(text)
+    with pytest.raises(ConfigError, match=f"^model.kind: .*({message})"):
+        build_network(2, ModelSettings(kind=kind))
+
+
+def test_options_reach_the_builder_by_name(own_network):
+    network = build_network(2, ModelSettings(kind="somebodys:MyNetwork", options={"width": 5})).network
+    assert network.embedding.embedding_dim == 5
+    with pytest.raises(ConfigError, match=r"cannot be built .*unexpected keyword argument 'witdh'"):
+        build_network(2, ModelSettings(kind="somebodys:MyNetwork", options={"witdh": 5}))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"kind": "pain"}, r"model.kind: expected 'schnet', 'painn' or package.module:Name, got 'pain'; did you mean"),
+        ({"kind": "my-package:Net"}, "model.kind: expected"),
+        ({"kind": "module:"}, "model.kind: expected"),
+        ({"kind": ":Net"}, "model.kind: expected"),
+        ({"kind": "painn", "options": {"width": 3}}, "model: options go with a network of your own"),
+        ({"kind": "a:B", "options": 3}, "model.options: "),
+    ],
+)
+def test_settings_of_networks_that_make_no_sense(model, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_model(**model)
+
+
+def test_a_class_that_cannot_be_found_again_is_refused():
+    class Local(torch.nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match="define it at the top of a module"):
+        ModelSettings(kind=Local)
+
+
+def test_soft_norm_is_smooth_at_zero_and_a_length_far_from_it():
+    """Near zero |v|^2 / 2e, so the Hessian there is 1/e = 10; far away |v| - e."""
+    zero = torch.zeros(3, 1, dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(lambda v: soft_norm(v).sum(), zero).reshape(3, 3)
+    torch.testing.assert_close(hessian, 10.0 * torch.eye(3, dtype=torch.float64))
+    assert float(soft_norm(zero)) == 0.0
+    far = torch.tensor([[300.0], [0.0], [400.0]], dtype=torch.float64)
+    assert float(soft_norm(far)) == pytest.approx(499.9, abs=1e-4)

@@ -10,7 +10,7 @@ from training_cases import KT, SPECIES, TEMPERATURE, build_labels, build_map
 from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
 from openmm_hvpcg.errors import DataError, PotentialError
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
-from openmm_hvpcg.training.models.schnet import build_network
+from openmm_hvpcg.training.models.registry import build_network
 from openmm_hvpcg.training.models.total import TotalEnergy
 from openmm_hvpcg.training.preparation import prepare
 from openmm_hvpcg.training.reference import PMFReference

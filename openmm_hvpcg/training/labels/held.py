@@ -4,7 +4,7 @@ Beads that sit on single atoms are held exactly by giving those atoms no mass; L
 ``exp(-beta u)`` at fixed R = M r. A chain that starts from a frame of the unrestrained ensemble is stationary from its
 first step on, since the hidden coordinates of such a frame are already distributed as they should be given its beads.
 One chain stays near where it starts, though: hidden states that take longer than the chain to reach are not averaged
-over, and its own scatter does not tell.
+over, and its own scatter does not tell. Replica exchange with hotter chains of the same beads reaches them.
 
 Chains run in processes of their own: OpenMM's Reference platform has one random generator a process, and forces of
 small molecules are bound by Python's lock, not by arithmetic.
@@ -35,8 +35,9 @@ from openmm_hvpcg.cores import count_cores
 from openmm_hvpcg.errors import BackendError, HVPCGError, InputError, MappingError, UnstableSimulationError
 from openmm_hvpcg.mapping import BeadMap
 from openmm_hvpcg.training.labels.hvp import compute_projected_hvps
+from openmm_hvpcg.training.labels.ladder import Ladder
 from openmm_hvpcg.training.labels.oracle import ForceOracle
-from openmm_hvpcg.units import BOLTZMANN, PS_PER_FS
+from openmm_hvpcg.units import BOLTZMANN
 
 CONSTRAINT_TOLERANCE = 1e-8
 #: How often a process looks whether the one that started it is still there.
@@ -54,7 +55,9 @@ class Chains:
     hvp_every : HVPs are taken at every so many samples
     timestep_fs, friction_per_ps : of the Langevin dynamics
     temperature_K : of the ensemble
-    equilibration_steps : MD steps before; none are needed from a frame of the equilibrium ensemble
+    equilibration_steps : MD steps before; from a frame of the equilibrium ensemble only hotter chains need them
+    ladder_K : temperatures of further chains, upwards; neighbours exchange every ``stride`` steps; samples are those of
+        ``temperature_K``
     """
 
     n_samples: int
@@ -64,10 +67,14 @@ class Chains:
     friction_per_ps: float
     temperature_K: float
     equilibration_steps: int = 0
+    ladder_K: tuple[float, ...] = ()
 
     @classmethod
     def from_settings(cls, settings: AveragingSettings | ReferenceSettings, temperature_K: float) -> Chains:
         """Those that a section of a protocol asks for."""
+        own: dict[str, Any] = {}
+        if isinstance(settings, ReferenceSettings):
+            own = {"equilibration_steps": settings.equilibration_steps, "ladder_K": tuple(settings.ladder_K)}
         return cls(
             settings.n_samples,
             settings.stride,
@@ -75,6 +82,7 @@ class Chains:
             settings.timestep_fs,
             settings.friction_per_ps,
             temperature_K,
+            **own,
         )
 
     @property
@@ -83,7 +91,7 @@ class Chains:
 
     def count_force_calls(self, n_probes: int) -> int:
         """AA force calls at one configuration: MD steps, forces of samples, two calls an HVP."""
-        steps = self.equilibration_steps + self.n_samples * self.stride
+        steps = (self.equilibration_steps + self.n_samples * self.stride) * (1 + len(self.ladder_K))
         return steps + self.n_samples + 2 * n_probes * self.n_hvp_samples
 
 
@@ -114,11 +122,13 @@ class Starts:
 class HeldSamples:
     """Samples at one configuration, in order of time.
 
-    ``forces`` (n, B, 3) projected forces; ``hvps`` (m, P, B, 3) projected HVPs at every ``hvp_every``-th sample.
+    ``forces`` (n, B, 3) projected forces; ``hvps`` (m, P, B, 3) projected HVPs at every ``hvp_every``-th sample;
+    ``accepted``, the share of exchanges with hotter chains so far that were, None without such chains.
     """
 
     forces: NDArray[np.float64]
     hvps: NDArray[np.float64]
+    accepted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -272,12 +282,14 @@ class _Walker:
         self._masses = np.array([held.getParticleMass(i)._value for i in range(held.getNumParticles())])
         self._dof = max(1, 3 * int(np.count_nonzero(self._masses)) - held.getNumConstraints())
         chains = recipe.chains
-        self._integrator = openmm.LangevinMiddleIntegrator(
-            chains.temperature_K, chains.friction_per_ps, chains.timestep_fs * PS_PER_FS
+        self._ladder = Ladder(
+            held,
+            (chains.temperature_K, *chains.ladder_K),
+            chains.friction_per_ps,
+            chains.timestep_fs,
+            (recipe.platform, recipe.properties),
+            _draw_seeds(recipe.seed, first_frame)[0],
         )
-        self._integrator.setRandomNumberSeed(_draw_seeds(recipe.seed, first_frame)[0])
-        platform = openmm.Platform.getPlatformByName(recipe.platform)
-        self._context = openmm.Context(held, self._integrator, platform, recipe.properties)
         self._oracle = ForceOracle(system, recipe.platform, recipe.properties)
 
     def close(self) -> None:
@@ -285,12 +297,9 @@ class _Walker:
 
     def place(self, positions: NDArray[Any], box: NDArray[np.float64] | None, frame: int) -> None:
         """Go to a frame, with velocities of its own."""
-        if box is not None:
-            self._context.setPeriodicBoxVectors(*box)
-        self._context.setPositions(np.asarray(positions, dtype=np.float64))
-        self._context.applyConstraints(CONSTRAINT_TOLERANCE)
-        self._context.setVelocitiesToTemperature(self._chains.temperature_K, _draw_seeds(self._recipe.seed, frame)[1])
-        self._integrator.step(self._chains.equilibration_steps)
+        seed, start = self._recipe.seed, np.asarray(positions, dtype=np.float64)
+        self._ladder.place(start, box, CONSTRAINT_TOLERANCE, _draw_seeds(seed, frame)[1], (seed, frame))
+        self._ladder.run(self._chains.equilibration_steps, self._chains.stride)
 
     def run(self, probes: NDArray[Any], force_map: NDArray[np.float64], box: NDArray[np.float64] | None) -> HeldSamples:
         chains, (n_probes, n_beads) = self._chains, probes.shape[:2]
@@ -298,9 +307,9 @@ class _Walker:
         hvps = np.empty((chains.n_hvp_samples, n_probes, n_beads, 3))
         boxes = None if box is None else box[None]
         for n in range(chains.n_samples):
-            self._integrator.step(chains.stride)
+            self._ladder.run(chains.stride, chains.stride)
             with_hvps = n % chains.hvp_every == 0
-            state = self._context.getState(getForces=True, getPositions=with_hvps, getVelocities=with_hvps)
+            state = self._ladder.context.getState(getForces=True, getPositions=with_hvps, getVelocities=with_hvps)
             forces[n] = force_map @ state.getForces(asNumpy=True)._value
             if with_hvps:
                 self._check(state)
@@ -309,10 +318,11 @@ class _Walker:
                     hvps[n // chains.hvp_every] = compute_projected_hvps(
                         self._oracle, here, probes[None], force_map, self._recipe.step_nm, boxes
                     )[0]
-        self._check(self._context.getState(getPositions=True, getVelocities=True))
+        self._check(self._ladder.context.getState(getPositions=True, getVelocities=True))
         if not (np.isfinite(forces).all() and np.isfinite(hvps).all()):
             raise _blew_up(chains)
-        return HeldSamples(forces, hvps)
+        tried = self._ladder.attempts
+        return HeldSamples(forces, hvps, self._ladder.accepted / tried if tried else None)
 
     def _check(self, state: openmm.State) -> None:
         """Raise where positions are NaN or the hidden atoms are far too hot."""

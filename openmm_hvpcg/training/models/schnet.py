@@ -13,25 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from openmm_hvpcg.config import ModelSettings
-
-
-def cutoff_envelope(x: Tensor) -> Tensor:
-    """``(1 - x^2)^3`` within x = r/cutoff < 1, else 0: C2 at the cutoff."""
-    return torch.clamp(1.0 - x * x, min=0.0) ** 3
-
-
-class RadialBasis(nn.Module):
-    """Gaussians of the distance, evenly spaced from 0 to the cutoff, width one spacing."""
-
-    centers: Tensor
-
-    def __init__(self, n_basis: int, cutoff_nm: float) -> None:
-        super().__init__()
-        self.register_buffer("centers", torch.linspace(0.0, cutoff_nm, n_basis))
-        self.gamma = 0.5 * ((n_basis - 1) / cutoff_nm) ** 2
-
-    def forward(self, distance: Tensor) -> Tensor:
-        return torch.exp(-self.gamma * (distance.unsqueeze(-1) - self.centers) ** 2)
+from openmm_hvpcg.training.models.radial import RadialBasis, cutoff_envelope, list_pairs
 
 
 class Interaction(nn.Module):
@@ -81,23 +63,10 @@ class SchNet(nn.Module):
 
     def forward(self, positions: Tensor, species: Tensor) -> Tensor:
         """Energies (F,) kJ/mol of frames (F, B, 3) nm of one molecule with species (B,)."""
-        pairs = torch.triu_indices(positions.shape[1], positions.shape[1], 1, device=positions.device)
-        first, second = pairs[0], pairs[1]
-        difference = positions.index_select(1, second) - positions.index_select(1, first)
-        distance = torch.sqrt((difference**2).sum(dim=-1))
+        first, second, _, distance = list_pairs(positions)
         basis = self.basis(distance)
         envelope = cutoff_envelope(distance / self.cutoff_nm)
         h = self.embedding(species).unsqueeze(0).expand(positions.shape[0], -1, -1)
         for interaction in self.interactions:
             h = h + interaction(h, basis, envelope, first, second)
         return self.energy_scale * self.readout(h).squeeze(-1).sum(dim=-1)
-
-
-def scale_energy(network: nn.Module, factor: float) -> None:
-    """Multiply the network's energy by ``factor``, in place."""
-    network.energy_scale.mul_(factor)  # type: ignore[operator]
-
-
-def build_network(n_species: int, settings: ModelSettings, energy_scale: float = 1.0) -> nn.Module:
-    """The network that ``settings.kind`` names."""
-    return {"schnet": SchNet}[settings.kind](n_species, settings, energy_scale)

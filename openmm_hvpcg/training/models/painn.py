@@ -1,0 +1,129 @@
+"""An equivariant network on beads (PaiNN type), written for small dense molecules.
+
+Beside its scalar features every bead carries vectors, which turn with the molecule. They hold what distances to single
+neighbours do not: one interaction sees angles, two see dihedral angles (but not their sign: the energy is the same for
+the mirror image).
+
+Source: Schütt, Unke, Gastegger, ICML 2021 (arXiv:2102.03150), eqs. 7 to 10. Our choices: one filter a pair, used in
+both directions; Gaussians for the radial basis and the envelope of :mod:`~openmm_hvpcg.training.models.radial`, so that
+the energy has a continuous second derivative at the cutoff, which Hessian matching needs; norms of vectors softened, so
+that it has one where a vector vanishes too; no parameters for vectors that are zero before the first interaction, or
+that nothing reads after the last.
+"""
+
+# TorchScript reads the annotations of buffers: they must be types, not the strings that
+# `from __future__ import annotations` would make of them.
+
+import torch
+from torch import Tensor, nn
+
+from openmm_hvpcg.config import ModelSettings
+from openmm_hvpcg.training.models.radial import RadialBasis, cutoff_envelope, list_pairs
+
+
+def soft_norm(v: Tensor, softness: float = 0.1) -> Tensor:
+    """``sqrt(|v|^2 + e^2) - e`` over the second-last axis, e the softness: zero at zero, and smooth there.
+
+    Vectors much shorter than e count by their square, much longer ones by their length; features are of order one.
+    """
+    return torch.sqrt((v**2).sum(dim=-2) + softness**2) - softness
+
+
+class Message(nn.Module):
+    """What the neighbours tell a bead: scalars, vectors along the pair, and their own vectors, if they have any."""
+
+    def __init__(self, features: int, n_basis: int, has_vectors: bool) -> None:
+        super().__init__()
+        self.features = features
+        self.has_vectors = has_vectors
+        width = (3 if has_vectors else 2) * features
+        self.project = nn.Sequential(nn.Linear(features, features), nn.SiLU(), nn.Linear(features, width))
+        self.filter = nn.Linear(n_basis, width)
+
+    def forward(
+        self, s: Tensor, v: Tensor, basis: Tensor, envelope: Tensor, unit: Tensor, first: Tensor, second: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Changes of scalars (F, B, features) and vectors (F, B, 3, features) from pairs (first, second), each (n,).
+
+        ``basis`` (F, n, K) and ``envelope`` (F, n) are of the distances, ``unit`` (F, n, 3) from first to second.
+        """
+        weights = self.filter(basis) * envelope.unsqueeze(-1)
+        x = self.project(s)
+        to_first, to_second = weights * x.index_select(1, second), weights * x.index_select(1, first)
+        n = self.features
+        scalars = torch.zeros_like(s).index_add(1, first, to_first[..., :n])
+        scalars = scalars.index_add(1, second, to_second[..., :n])
+        along = unit.unsqueeze(-1)
+        vectors_first = to_first[..., n : 2 * n].unsqueeze(2) * along
+        vectors_second = -to_second[..., n : 2 * n].unsqueeze(2) * along
+        if self.has_vectors:
+            vectors_first = vectors_first + to_first[..., 2 * n :].unsqueeze(2) * v.index_select(1, second)
+            vectors_second = vectors_second + to_second[..., 2 * n :].unsqueeze(2) * v.index_select(1, first)
+        vectors = torch.zeros_like(v).index_add(1, first, vectors_first).index_add(1, second, vectors_second)
+        return scalars, vectors
+
+
+class Update(nn.Module):
+    """What a bead makes of its scalars and vectors; of its vectors only if a later interaction reads them."""
+
+    def __init__(self, features: int, keeps_vectors: bool) -> None:
+        super().__init__()
+        self.features = features
+        self.keeps_vectors = keeps_vectors
+        width = (3 if keeps_vectors else 2) * features
+        self.mix = nn.Linear(features, 2 * features, bias=False)
+        self.weigh = nn.Sequential(nn.Linear(2 * features, features), nn.SiLU(), nn.Linear(features, width))
+
+    def forward(self, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Changes of scalars (F, B, features) and vectors (F, B, 3, features)."""
+        n = self.features
+        mixed = self.mix(v)
+        left, right = mixed[..., :n], mixed[..., n:]
+        weights = self.weigh(torch.cat((s, soft_norm(right)), dim=-1))
+        scalars = weights[..., :n] + weights[..., n : 2 * n] * (left * right).sum(dim=2)
+        if self.keeps_vectors:
+            return scalars, weights[..., 2 * n :].unsqueeze(2) * left
+        return scalars, torch.zeros_like(v)
+
+
+class PaiNN(nn.Module):
+    """Energy of a molecule from its beads' species, distances and directions.
+
+    Parameters
+    ----------
+    n_species : size of the embedding
+    settings : width, depth, basis and cutoff
+    energy_scale : kJ/mol, multiplies the output so that weights of order one give energies of the right size
+    """
+
+    energy_scale: Tensor
+
+    def __init__(self, n_species: int, settings: ModelSettings, energy_scale: float = 1.0) -> None:
+        super().__init__()
+        features, depth = settings.features, settings.interactions
+        self.cutoff_nm = settings.cutoff_nm
+        self.embedding = nn.Embedding(n_species, features)
+        self.basis = RadialBasis(settings.radial, settings.cutoff_nm)
+        self.messages = nn.ModuleList(Message(features, settings.radial, has_vectors=i > 0) for i in range(depth))
+        self.updates = nn.ModuleList(Update(features, keeps_vectors=i < depth - 1) for i in range(depth))
+        last = nn.Linear(features, 1)
+        # The network starts as zero energy: training sets out from the priors, not from noise on top of them.
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.readout = nn.Sequential(nn.Linear(features, features), nn.SiLU(), last)
+        self.register_buffer("energy_scale", torch.tensor(float(energy_scale)))
+
+    def forward(self, positions: Tensor, species: Tensor) -> Tensor:
+        """Energies (F,) kJ/mol of frames (F, B, 3) nm of one molecule with species (B,)."""
+        first, second, difference, distance = list_pairs(positions)
+        unit = difference / distance.unsqueeze(-1)
+        basis = self.basis(distance)
+        envelope = cutoff_envelope(distance / self.cutoff_nm)
+        s = self.embedding(species).unsqueeze(0).expand(positions.shape[0], -1, -1)
+        v = s.new_zeros(s.shape[0], s.shape[1], 3, s.shape[2])
+        for message, update in zip(self.messages, self.updates):  # noqa: B905  TorchScript's zip has no strict
+            scalars, vectors = message(s, v, basis, envelope, unit, first, second)
+            s, v = s + scalars, v + vectors
+            scalars, vectors = update(s, v)
+            s, v = s + scalars, v + vectors
+        return self.energy_scale * self.readout(s).squeeze(-1).sum(dim=-1)
