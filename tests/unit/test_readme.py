@@ -22,8 +22,12 @@ def test_every_summary_key_is_documented_with_its_meaning():
 
 
 def test_the_protocol_of_the_readme_is_valid():
-    (text,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
-    assert len(validate_protocol(yaml.safe_load(text)).molecules) == 2
+    text, *sections = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
+    protocol = yaml.safe_load(text)
+    assert len(validate_protocol(protocol).molecules) == 2
+    assert sections
+    for section in sections:
+        validate_protocol(protocol | yaml.safe_load(section))
 
 
 def test_the_python_of_the_readme_imports():
