@@ -32,15 +32,15 @@ logger = logging.getLogger(__name__)
 #: Frames looked at; more would find nothing new and cost time.
 MAX_FRAMES = 10
 SEED = 20240229
-STEP_NM = 1e-5
+STEP_NM = 2e-6
 N_DIRECTIONS = 4
 
 #: float32 resolves 6e-8; sums over some hundred terms that cancel lose up to three digits of it.
 FLOAT32_FORCES = "float32 network: 6e-8 times the cancellation in its sums"
 FLOAT32_FORCE_TOLERANCE = 1e-4
 FLOAT32_ENERGY_TOLERANCE = 1e-5
-#: In float64 the error of a central difference is h^2/6 of a third derivative, about 1e-10/nm^2 of 1e2 to
-#: 1e3, plus rounding 1e-16 E/h, about 1e-8.
+#: In float64 the error of a central difference is h^2/6 of a third derivative, which is up to 1e6/nm^2 of the force
+#: where the radial basis is dense, so 1e-6; plus rounding 1e-16 E/h, 1e-7 kJ/mol/nm.
 DIFFERENCE_TOLERANCE = 1e-5
 #: Both in float64, the torch side with parameters that may have been stored in float32.
 PRIOR_TOLERANCE = 1e-6
