@@ -81,7 +81,7 @@ def plot_errors(content: dict[str, Any], path: Path) -> None:
                 x = [np.mean([abscissa(r) for r in runs]) for runs in sizes]
                 axis.plot(x, priors, "k--", lw=1, label="priors alone")
             axis.set(xscale="log", yscale="log", ylabel=label if axis is row[0] else "")
-            axis.set_xlabel(title if row is axes[-1] else "")
+            axis.set_xlabel(title if key == list(FIGURES)[-1] else "")
             axis.grid(alpha=0.3, which="both")
     floors = [r["simulation"]["kl_floor"] for r in content["runs"] if r.get("simulation", {}).get("stable")]
     for axis in axes[-1] if floors else ():
