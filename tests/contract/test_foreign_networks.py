@@ -23,9 +23,8 @@ BAD = {
     "Lambda": "not scriptable",
     "Detached": r"differentiating its energy failed \(RuntimeError: .*does not require grad",
     "PartlyDetached": "its forces are not minus the gradient of its energy",
-    # Whether torch notices depends on what else holds the graph: either way it is refused.
-    "Once": "twice failed .*once_differentiable|Hessian-vector products are not the derivative",
-    "OnceInSilence": "its Hessian-vector products are not the derivative of its forces",
+    "Cdist": "differentiating its energy twice failed .*_cdist_backward",
+    "Once": "its Hessian-vector products are not the derivative of its forces",
     "Dropout": "differ between training and evaluation mode",
     "Mixing": "depends on the other frames of its batch",
     "SingleOnly": "expected torch.float64, got torch.float32",
