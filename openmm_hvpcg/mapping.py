@@ -260,12 +260,15 @@ def find_end_marks(residues: Sequence[tuple[str, int, int]]) -> list[str]:
     ``N-`` in the first residue of its chain that holds beads, ``C-`` in the last, ``NC-`` where that is the same, else
     nothing.
     """
-    marks = []
-    for key in residues:
-        chain = [other for other in residues if other[2] == key[2]]
-        mark = ("N" if key == chain[0] else "") + ("C" if key == chain[-1] else "")
-        marks.append(f"{mark}-" if mark else "")
-    return marks
+    first = {key[2]: key for key in reversed(residues)}
+    last = {key[2]: key for key in residues}
+    marks = [("N" if key == first[key[2]] else "") + ("C" if key == last[key[2]] else "") for key in residues]
+    return [f"{mark}-" if mark else "" for mark in marks]
+
+
+def identify_residue(atom: Any) -> tuple[str, int, int]:
+    """Residue of an mdtraj atom as a bead map names it: its name, number and chain."""
+    return atom.residue.name, int(atom.residue.resSeq), int(atom.residue.chain.index)
 
 
 def build_bead_map(beads: str, topology: md.Topology, *, ends: bool = False) -> BeadMap:
@@ -305,7 +308,7 @@ def build_bead_map(beads: str, topology: md.Topology, *, ends: bool = False) -> 
         raise MappingError(f"bead on the massless site {massless[0]}", hint="select massive atoms only")
     weights = np.zeros((len(atoms), topology.n_atoms))
     weights[np.arange(len(atoms)), atoms] = 1.0
-    residues = [(a.residue.name, int(a.residue.resSeq), int(a.residue.chain.index)) for a in sites]
+    residues = [identify_residue(a) for a in sites]
     marks = find_end_marks(residues) if ends else [""] * len(sites)
     species = [
         m + (a.residue.name if beads == "ca" else f"{a.residue.name}:{a.name}")

@@ -15,7 +15,7 @@ import torch
 from openmm import app
 
 from openmm_hvpcg.errors import HVPCGError, InputError, PotentialError
-from openmm_hvpcg.mapping import BeadMap, find_end_marks
+from openmm_hvpcg.mapping import BeadMap, find_end_marks, identify_residue
 from openmm_hvpcg.potential import PotentialSpec, bind_molecule, load_potential
 from openmm_hvpcg.simulation.backends import build_network_force, clone_script, dump_script
 from openmm_hvpcg.simulation.native_priors import build_prior_forces
@@ -149,7 +149,7 @@ def _read_topology(spec: PotentialSpec, topology: md.Topology) -> BeadMap:
     """A topology of beads as a bead map: species by site, masses by species, bonds as they are."""
     if topology.n_atoms == 0:
         raise InputError("the topology holds no beads")
-    residues = [(a.residue.name, int(a.residue.resSeq), int(a.residue.chain.index)) for a in topology.atoms]
+    residues = [identify_residue(a) for a in topology.atoms]
     species = [
         find_species(spec, atom.residue.name, atom.name, mark)
         for atom, mark in zip(topology.atoms, find_end_marks(residues), strict=True)

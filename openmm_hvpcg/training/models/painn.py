@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from openmm_hvpcg.config import ModelSettings
-from openmm_hvpcg.training.models.radial import RadialBasis, cutoff_envelope, list_pairs
+from openmm_hvpcg.training.models.radial import RadialBasis, build_readout, cutoff_envelope, list_pairs
 
 
 def soft_norm(v: Tensor, softness: float = 0.1) -> Tensor:
@@ -106,11 +106,7 @@ class PaiNN(nn.Module):
         self.basis = RadialBasis(settings.radial, settings.cutoff_nm)
         self.messages = nn.ModuleList(Message(features, settings.radial, has_vectors=i > 0) for i in range(depth))
         self.updates = nn.ModuleList(Update(features, keeps_vectors=i < depth - 1) for i in range(depth))
-        last = nn.Linear(features, 1)
-        # The network starts as zero energy: training sets out from the priors, not from noise on top of them.
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.readout = nn.Sequential(nn.Linear(features, features), nn.SiLU(), last)
+        self.readout = build_readout(features, nn.SiLU())
         self.register_buffer("energy_scale", torch.tensor(float(energy_scale)))
 
     def forward(self, positions: Tensor, species: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every network here builds on: the pairs of a small dense molecule, a radial basis, and the cutoff's envelope."""
+"""What every network here builds on: pairs of a small dense molecule, radial basis, envelope of the cutoff, readout."""
 
 # TorchScript reads the annotations of buffers: they must be types, not the strings that
 # `from __future__ import annotations` would make of them.
@@ -39,3 +39,11 @@ class RadialBasis(nn.Module):
 
     def forward(self, distance: Tensor) -> Tensor:
         return torch.exp(-self.gamma * (distance.unsqueeze(-1) - self.centers) ** 2)
+
+
+def build_readout(features: int, activation: nn.Module) -> nn.Sequential:
+    """Energy of a bead from its features; zero at first: training sets out from the priors, not from noise on top."""
+    last = nn.Linear(features, 1)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(features, features), activation, last)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from openmm_hvpcg.config import ModelSettings
-from openmm_hvpcg.training.models.radial import RadialBasis, cutoff_envelope, list_pairs
+from openmm_hvpcg.training.models.radial import RadialBasis, build_readout, cutoff_envelope, list_pairs
 
 
 class Interaction(nn.Module):
@@ -54,11 +54,7 @@ class SchNet(nn.Module):
         self.interactions = nn.ModuleList(
             Interaction(settings.features, settings.radial) for _ in range(settings.interactions)
         )
-        last = nn.Linear(settings.features, 1)
-        # The network starts as zero energy: training sets out from the priors, not from noise on top of them.
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.readout = nn.Sequential(nn.Linear(settings.features, settings.features), nn.Tanh(), last)
+        self.readout = build_readout(settings.features, nn.Tanh())
         self.register_buffer("energy_scale", torch.tensor(float(energy_scale)))
 
     def forward(self, positions: Tensor, species: Tensor) -> Tensor:
