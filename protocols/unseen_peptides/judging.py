@@ -1,0 +1,78 @@
+"""How well a CG run reproduces the all-atom reference of a peptide: the figures of the study's tables and plots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from openmm_hvpcg.analysis.compare import compare_runs, list_after_burn_in
+from openmm_hvpcg.analysis.distributions import Landscape, Sample, compare_observable
+from openmm_hvpcg.analysis.divergences import split_blocks
+from openmm_hvpcg.config import AnalysisSettings
+from openmm_hvpcg.frames import Frames
+
+#: Beads at least this far apart along the chain, and this near in space, are in contact.
+CONTACT_BEADS = 3
+CONTACT_NM = 0.7
+ARM = "arm"
+
+
+def judge(reference: Frames, run: Frames, settings: AnalysisSettings, peptide: str) -> dict[str, Any]:
+    """Divergences of a run from the reference, with errors and what two halves of the reference differ by."""
+    comparison = compare_runs(reference, {ARM: run}, settings, molecule=peptide)
+    if comparison.skipped:
+        return {"stable": False, "message": comparison.skipped[ARM]}
+    contacts = compare_contacts(reference, run, settings)
+    size = comparison.radius_of_gyration
+    mode = comparison.tica1
+    return {
+        "timescales_ps": [float(t) for t in comparison.slow_modes.timescales_ps],
+        "tica1": describe(mode),
+        "tica12": None if comparison.tica12 is None else describe(comparison.tica12),
+        "radius_of_gyration": {**describe(size.landscape), "mean_nm": size.arms[ARM].mean.value}
+        | {"reference_mean_nm": size.reference.mean.value, "mean_error_nm": size.arms[ARM].mean.error},
+        "contacts": {**describe(contacts.landscape), "mean": contacts.arms[ARM].mean.value}
+        | {"reference_mean": contacts.reference.mean.value, "mean_error": contacts.arms[ARM].mean.error},
+        "distances_js": mean_js(comparison.coordinates, "distance"),
+        "dihedrals_js": mean_js(comparison.coordinates, "dihedral"),
+        "curve": {
+            "centres": mode.bins.centres[0].tolist(),
+            "reference": mode.reference.values.tolist(),
+            "model": mode.arms[ARM].values.tolist(),
+        },
+    }
+
+
+def describe(landscape: Landscape) -> dict[str, float]:
+    return {
+        "kl": landscape.kl[ARM].value,
+        "kl_error": landscape.kl[ARM].error,
+        "kl_floor": landscape.kl_floor,
+        "js": landscape.js[ARM].value,
+        "js_error": landscape.js[ARM].error,
+        "js_floor": landscape.js_floor,
+        "outside": landscape.outside[ARM],
+    }
+
+
+def mean_js(coordinates: Any, kind: str) -> float | None:
+    found = [c.landscape.js[ARM].value for c in coordinates if c.kind == kind]
+    return float(np.mean(found)) if found else None
+
+
+def count_contacts(frames: Frames) -> NDArray[np.float64]:
+    """Pairs of beads in contact, (T,)."""
+    first, second = np.triu_indices(frames.n_atoms, CONTACT_BEADS)
+    distances = np.linalg.norm(frames.positions[:, second] - frames.positions[:, first], axis=-1)
+    return (distances < CONTACT_NM).sum(axis=1).astype(np.float64)
+
+
+def compare_contacts(reference: Frames, run: Frames, settings: AnalysisSettings) -> Any:
+    used = run.select(list_after_burn_in(run.walker, settings.burn_in))
+    samples = [
+        Sample(count_contacts(frames), split_blocks(frames.walker, settings.blocks)) for frames in (reference, used)
+    ]
+    n_values = int(samples[0].values.max() - samples[0].values.min()) + 1
+    return compare_observable("contacts", "contacts", "", samples[0], {ARM: samples[1]}, max(5, n_values))
