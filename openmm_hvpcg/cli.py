@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from openmm_hvpcg._version import __version__
-from openmm_hvpcg.errors import HVPCGError
+from openmm_hvpcg.errors import ConfigError, HVPCGError
 
 app = typer.Typer(
     name="openmm-hvpcg",
@@ -26,23 +28,40 @@ OutOption = Annotated[Path, typer.Option("--out", help="The output folder; a run
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key: section.key=value. May be repeated.")
 ]
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        help="Work on a Dask cluster: an address (tcp://host:8786), a scheduler file, or local for processes here.",
+        metavar="ADDRESS",
+    ),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes of --scheduler local; one a core without it.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, warnings only.")]
+
+#: Exit status after Ctrl-C.
+STOPPED = 130
 
 
 def main() -> None:
     """Entry point: an error of ours is one line on standard error and its exit status."""
     try:
-        app(standalone_mode=False)
+        # typer turns its Exit, and Ctrl-C, into what it returns.
+        status = app(standalone_mode=False)
     except HVPCGError as error:
         _say(f"error: {error}")
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
-        _say("stopped; run the same command again to go on")
-        sys.exit(130)
+        status = STOPPED
     except Exception as error:
         status = _explain_usage(error)
         if status is None:
             raise
+    if status == STOPPED:
+        _say("stopped; run the same command again to go on")
+    if status:
         sys.exit(status)
 
 
@@ -64,21 +83,42 @@ def _say(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
-def _run(protocol: Path, out: Path, overrides: list[str] | None, quiet: bool, stage: str | None) -> None:
-    """Open the study and run one stage, or all."""
+def _run(
+    protocol: Path,
+    out: Path,
+    overrides: list[str] | None,
+    quiet: bool,
+    stage: str | None,
+    scheduler: str | None = None,
+    workers: int | None = None,
+) -> None:
+    """Open the study and run one stage, or all, here or on a cluster."""
     _start_logging(quiet)
     from openmm_hvpcg.study.folder import open_study
 
     study = open_study(protocol, out, overrides or (), progress=not quiet)
-    from openmm_hvpcg.study.stages import check_stable, run_stage, run_study
+    with _connect(scheduler, workers) as cluster:
+        from openmm_hvpcg.study.stages import check_stable, run_stage, run_study
 
-    result = run_study(study) if stage is None else run_stage(study, stage)
+        study = dataclasses.replace(study, cluster=cluster)
+        result = run_study(study) if stage is None else run_stage(study, stage)
     if stage in (None, "compare"):
         _show_figures(study, result)
     if stage == "evaluate":
         _show_evaluation(study, result)
     if stage is None:
         check_stable(study)
+
+
+def _connect(scheduler: str | None, workers: int | None) -> AbstractContextManager[Any]:
+    """The cluster to work on; None for this process alone."""
+    if scheduler is None:
+        if workers is not None:
+            raise ConfigError("--workers goes with --scheduler local")
+        return nullcontext()
+    from openmm_hvpcg.study.cluster import connect_cluster
+
+    return connect_cluster(scheduler, workers)
 
 
 def _start_logging(quiet: bool) -> None:
@@ -182,17 +222,39 @@ def _number(value: float | None) -> str:
 
 
 @app.command()
-def run(protocol: ProtocolArgument, out: OutOption, set_: SetOption = None, quiet: QuietOption = False) -> None:
+def run(
+    protocol: ProtocolArgument,
+    out: OutOption,
+    set_: SetOption = None,
+    quiet: QuietOption = False,
+    scheduler: SchedulerOption = None,
+    workers: WorkersOption = None,
+) -> None:
     """Run all stages, from the molecules to the report; finished parts are skipped."""
-    _run(protocol, out, set_, quiet, None)
+    _run(protocol, out, set_, quiet, None, scheduler, workers)
+
+
+#: Stages whose molecules and simulations can be spread over a cluster.
+ON_CLUSTER = ("sample", "label", "reference", "simulate")
 
 
 def _add_stage(name: str, summary: str) -> None:
     def command(protocol: ProtocolArgument, out: OutOption, set_: SetOption = None, quiet: QuietOption = False) -> None:
         _run(protocol, out, set_, quiet, name)
 
-    command.__doc__ = summary
-    app.command(name)(command)
+    def on_cluster(
+        protocol: ProtocolArgument,
+        out: OutOption,
+        set_: SetOption = None,
+        quiet: QuietOption = False,
+        scheduler: SchedulerOption = None,
+        workers: WorkersOption = None,
+    ) -> None:
+        _run(protocol, out, set_, quiet, name, scheduler, workers)
+
+    chosen = on_cluster if name in ON_CLUSTER else command
+    chosen.__doc__ = summary
+    app.command(name)(chosen)
 
 
 for _name, _summary in {

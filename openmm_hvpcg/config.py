@@ -54,6 +54,7 @@ _ONLY_WITH = {
     "parameters": ("psf",),
     "box_nm": ("psf",),
     "remove": ("pdb",),
+    "replace": ("pdb",),
 }
 
 
@@ -75,6 +76,9 @@ class InputSettings(Settings):
     )
     system_xml: str | None = Field(None, description="serialized openmm.System; needs pdb")
     remove: list[str] = Field([], description="residues of pdb to leave out, by name, such as HOH")
+    replace: list[str] = Field(
+        [], description="modified residues of pdb, by name, that lose what modifies them, as SEP, which becomes SER"
+    )
     repair: bool = Field(True, description="add atoms a pdb lacks, replace residues such as MSE; false: refuse it")
     ph: float = Field(7.0, ge=0, le=14, description="pH that hydrogens are added at")
     force_field: str | list[str] = Field("amber14", description="amber14, amber99sbildn, charmm36 or OpenMM XML files")
@@ -84,8 +88,13 @@ class InputSettings(Settings):
     ionic_strength_molar: float = Field(0.0, ge=0, description="explicit solvent: salt beyond neutralisation")
     trajectory: list[str] | None = Field(None, description="take frames from these files instead of sampling")
     trajectory_interval_ps: float | None = Field(None, gt=0, description="time between their frames, if files lack it")
+    trajectory_stride: int = Field(1, ge=1, description="every so many of their frames")
+    trajectory_frames: int | None = Field(None, ge=1, description="at most so many of these; null: all")
+    trajectory_choice: Literal["time", "cluster"] = Field(
+        "time", description="time: evenly spaced; cluster: evenly over slow coordinates of the beads, to train on only"
+    )
 
-    @field_validator("trajectory", "parameters", "remove", mode="before")
+    @field_validator("trajectory", "parameters", "remove", "replace", mode="before")
     @classmethod
     def _one_file_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
@@ -111,12 +120,25 @@ class InputSettings(Settings):
                 raise ValueError(f"{' or '.join(sources)} and {key} go together")
         return self
 
+    @model_validator(mode="after")
+    def _choice_of_frames(self) -> InputSettings:
+        for key, before in INPUT_BEFORE.items():
+            if self.trajectory is None and getattr(self, key) != before:
+                raise ValueError(f"trajectory and {key} go together")
+        if self.trajectory_choice == "cluster" and self.trajectory_frames is None:
+            raise ValueError("trajectory_choice: cluster needs trajectory_frames, how many frames to take")
+        return self
+
     def list_files(self) -> list[str]:
         """Names of the files the molecule is built from, its own force-field XMLs and trajectories among them."""
         own = [self.force_field] if isinstance(self.force_field, str) else self.force_field
         names = [self.pdb, self.prmtop, self.top, self.psf, self.coordinates, self.system_xml]
         names += [*(self.parameters or []), *(self.trajectory or []), *(n for n in own if n.endswith(".xml"))]
         return [name for name in names if name is not None]
+
+
+#: What molecules sampled before these keys existed were made with.
+INPUT_BEFORE: dict[str, Any] = {"trajectory_stride": 1, "trajectory_frames": None, "trajectory_choice": "time"}
 
 
 class MoleculeSettings(Settings):
@@ -139,6 +161,11 @@ class SamplingSettings(Settings):
     timestep_fs: float = Field(2.0, gt=0, le=10)
     friction_per_ps: float = Field(1.0, gt=0)
     walkers: int = Field(2, ge=1, description="independent trajectories")
+    walkers_in: Literal["auto", "processes", "one_system"] = Field(
+        "auto",
+        description="one_system: copies that do not feel each other, for small molecules on a GPU; auto: there, else"
+        " processes",
+    )
     equilibration_steps: int = Field(20000, ge=0, description="steps of each walker before its first frame")
     constraints: Literal["none", "hbonds", "allbonds"] = "hbonds"
     flexible_beads: bool = Field(
@@ -153,7 +180,11 @@ class SamplingSettings(Settings):
 class MappingSettings(Settings):
     """Atoms to beads."""
 
-    beads: str | dict[str, str] = Field("ca", description="ca, backbone, heavy, an mdtraj selection, or {json: FILE}")
+    beads: str | dict[str, str] = Field(
+        "ca",
+        description="ca; ca+cb, C-beta too; ca+caps, methyl carbons of the caps too; backbone; heavy; an mdtraj"
+        " selection; or {json: FILE}",
+    )
 
     ends: bool = Field(
         False, description="beads of a chain's first and last residue are species of their own, so that its ends differ"
@@ -280,6 +311,20 @@ class PriorSettings(Settings):
     angles: bool = True
     dihedrals: bool = True
     repulsion: bool = True
+    min_molecules: int = Field(
+        2,
+        ge=1,
+        description="species combined in fewer training molecules (or in fewer than there are) share general"
+        " parameters, as they do in molecules never trained on",
+    )
+
+    def limit_to(self, n_molecules: int) -> PriorSettings:
+        """These settings as they act on so many training molecules: no more can be asked for than there are."""
+        return self.model_copy(update={"min_molecules": min(self.min_molecules, n_molecules)})
+
+
+#: What priors fitted before these keys existed were fitted with.
+PRIORS_BEFORE: dict[str, Any] = {"min_molecules": 1}
 
 
 class ModelSettings(Settings):
@@ -382,9 +427,16 @@ class TrainingSettings(Settings):
         ge=1,
         description="plateau: epochs without a better validation loss before stopping; a cosine runs on",
     )
+    frames_per_molecule: int | None = Field(
+        None, ge=2, description="at most so many frames of each molecule, evenly spaced over its walkers; null: all"
+    )
     validation_fraction: float = Field(0.2, gt=0, lt=1)
     validation_blocks: int = Field(5, ge=1, description="time blocks that make up the validation set")
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = Field(1, ge=1, description="GPUs, or processes on CPUs, that share every batch")
+    memory_gb: float | None = Field(
+        None, gt=0, description="labels larger than this are read from files as they are needed; null: all in memory"
+    )
     seed: int = Field(3, ge=0, le=2**31 - 1)
 
     @field_validator("hvp_weight")
@@ -410,13 +462,28 @@ TRAINING_BEFORE: dict[str, Any] = {
     "covariance_regions": TrainingSettings.model_fields["covariance_regions"].default,
     "whiten": "none",
     "schedule": "plateau",
+    "frames_per_molecule": None,
+    "devices": 1,
 }
+#: Keys of a training that change nothing of its result.
+TRAINING_FREE = ("memory_gb",)
+
+
+class ExchangeSettings(Settings):
+    """Replica exchange of a CG simulation with hotter copies of itself."""
+
+    hottest_K: float = Field(
+        450.0, gt=0, le=2000, description="temperatures rise from the study's to this one in equal ratios"
+    )
+    temperatures: int = Field(6, ge=2, description="how many, with the study's; each is one copy")
+    every: int = Field(50, ge=1, description="steps between swaps")
 
 
 class SimulationSettings(Settings):
     """CG molecular dynamics."""
 
-    replicas: int = Field(8, ge=1)
+    replicas: int = Field(32, ge=1, description="independent copies in one System; with exchange, its temperatures")
+    exchange: ExchangeSettings | None = Field(None, description="off: no replica exchange in temperature")
     n_steps: int = Field(100000, ge=1)
     timestep_fs: float = Field(4.0, gt=0, le=50)
     friction_per_ps: float = Field(1.0, gt=0)
@@ -427,10 +494,37 @@ class SimulationSettings(Settings):
     platform: str = Field("auto", description="auto measures; or Reference, CPU, CUDA, OpenCL, HIP")
     seed: int = Field(4, ge=0, le=2**31 - 1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_copy_a_temperature(cls, content: Any) -> Any:
+        exchange = content.get("exchange") if isinstance(content, dict) else None
+        if isinstance(exchange, ExchangeSettings):
+            exchange = exchange.model_dump()
+        if not isinstance(exchange, dict) or "replicas" in content:
+            return content
+        n_temperatures = exchange.get("temperatures", ExchangeSettings().temperatures)
+        return {**content, "replicas": n_temperatures} if isinstance(n_temperatures, int) else content
+
     @model_validator(mode="after")
     def _saves_something(self) -> SimulationSettings:
         if self.save_every > self.n_steps:
             raise ValueError(f"save_every ({self.save_every}) is larger than n_steps ({self.n_steps})")
+        return self
+
+    @model_validator(mode="after")
+    def _exchange_fits(self) -> SimulationSettings:
+        if self.exchange is None:
+            return self
+        if self.replicas != self.exchange.temperatures:
+            raise ValueError(
+                f"exchange simulates one copy at each of its {self.exchange.temperatures} temperatures: leave replicas"
+                f" out, or set it to that, got {self.replicas}"
+            )
+        for key in ("save_every", "n_steps"):
+            if getattr(self, key) % self.exchange.every:
+                raise ValueError(
+                    f"{key} ({getattr(self, key)}) is no multiple of exchange.every ({self.exchange.every})"
+                )
         return self
 
 
@@ -470,6 +564,20 @@ class Protocol(Settings):
             )
         if all(m.role == "test" for m in self.molecules):
             raise ValueError("no molecule to train on: give at least one the role train or both")
+        compared = [m for m in self.molecules if m.role != "train"] or self.molecules
+        biased = next((m.name for m in compared if m.input.trajectory_choice == "cluster"), None)
+        if biased is not None:
+            raise ValueError(
+                f"molecule {biased} is compared with, and frames chosen by cluster are not distributed as its ensemble"
+                " is: give it the role train, and the role test to a molecule with frames sampled or chosen by time"
+                " (the same input under another name will do)"
+            )
+        exchange = self.simulation.exchange
+        if exchange is not None and exchange.hottest_K <= self.temperature_K:
+            raise ValueError(
+                f"simulation.exchange.hottest_K ({exchange.hottest_K:g}) is not above temperature_K"
+                f" ({self.temperature_K:g})"
+            )
         for arm in self.training.arms:
             resolve_arm(self, arm.name)
         return self

@@ -16,12 +16,18 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def count_threads() -> int:
+    """Threads this process may use: its cores, or OMP_NUM_THREADS where that is fewer."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(count_cores(), int(asked)) if asked.isdecimal() and int(asked) > 0 else count_cores()
+
+
 def choose_torch_threads(n_beads: int, n_copies: int, pairs_per_thread: int = PAIRS_PER_THREAD) -> int:
     """Torch threads for a network on ``n_copies`` molecules of ``n_beads`` at once.
 
     By size, not by measuring, so that the same run on the same machine sums in the same order.
     """
-    return int(min(count_cores(), max(1, n_copies * n_beads**2 // pairs_per_thread)))
+    return int(min(count_threads(), max(1, n_copies * n_beads**2 // pairs_per_thread)))
 
 
 @contextmanager

@@ -177,7 +177,8 @@ def find_not_finite(values: NDArray[Any]) -> int | None:
 class FramesStore:
     """Frames on disk, written walker by walker as they are made.
 
-    Arrays ``positions`` (T, A, 3) float32, ``box`` (T, 3, 3) where periodic, ``walker`` (T,), ``done`` (T,).
+    Arrays ``positions`` (T, A, 3) float32, ``box`` (T, 3, 3) where periodic, ``walker`` (T,), ``done`` (T,); of frames
+    from files ``source_frame`` (T,), their index there.
     Walker ``w`` owns a contiguous block of rows. ``done`` is written after the positions it speaks of: a kill
     at any moment loses only the frames being written.
     """
@@ -206,11 +207,17 @@ class FramesStore:
         interval_ps: float,
         periodic: bool,
         provenance: dict[str, Any],
+        chunk_frames: int | None = None,
+        sources: NDArray[np.int64] | None = None,
     ) -> FramesStore:
-        """Make an empty store with room for ``frames_per_walker`` frames of each walker."""
+        """Make an empty store with room for ``frames_per_walker`` frames of each walker.
+
+        ``chunk_frames`` frames are one chunk of the file, for a single writer. ``sources`` (T,) is the index of each
+        frame in the trajectory file it is taken from.
+        """
         n_frames, n_atoms = int(sum(frames_per_walker)), topology.n_atoms
         check_free_space(path, n_frames * n_atoms * 12)
-        chunk = max(1, min([MAX_CHUNK_FRAMES, *frames_per_walker]))
+        chunk = chunk_frames or min([MAX_CHUNK_FRAMES, *(n for n in frames_per_walker if n > 0)])
         walker = np.repeat(np.arange(len(frames_per_walker)), frames_per_walker)
 
         def add_array(group: Any, name: str, *shape: int) -> None:
@@ -228,6 +235,8 @@ class FramesStore:
                 add_array(group, "box", 3, 3)
             group.create_array("walker", data=walker.astype(np.int64), chunks=(max(1, n_frames),))
             group.create_array("done", shape=(n_frames,), dtype="uint8", chunks=(chunk,), fill_value=0)
+            if sources is not None:
+                group.create_array("source_frame", data=sources, chunks=(max(1, n_frames),))
 
         group = create_store(
             path,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import operator
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openmm_hvpcg.errors import MappingError
-from openmm_hvpcg.prior_terms import KEY_SEPARATOR
+from openmm_hvpcg.prior_terms import ANY, ATOM_SEPARATOR, KEY_SEPARATOR
 from openmm_hvpcg.storage import PathLike, atomic_path, compute_hash, write_json
 
 if TYPE_CHECKING:
@@ -30,12 +30,17 @@ ROW_SUM_TOLERANCE = 1e-6
 #: mdtraj counts the caps as protein; the methyl of NME is called C and is no carbonyl.
 PRESETS = {
     "ca": "protein and name CA",
+    "ca+cb": "protein and (name CA or name CB)",
+    # The methyl carbons of the caps are where the CA of a residue more would be.
+    "ca+caps": "(protein and name CA) or (resname ACE and name CH3) or (resname NME and (name C or name CH3))",
     "backbone": (
         "(protein and not resname NME and (name N or name CA or name C or name O or name CB))"
         " or (resname NME and name N)"
     ),
     "heavy": "protein and not element H",
 }
+#: Presets with one bead a residue: its name is their species.
+ONE_A_RESIDUE = ("ca", "ca+caps")
 
 
 @dataclass(frozen=True)
@@ -97,10 +102,12 @@ class BeadMap:
                 got=float(masses[bead]),
                 hint="put beads on massive atoms, not on virtual sites",
             )
-        unusable = [s for s in self.species if not s or KEY_SEPARATOR in s]
+        unusable = [s for s in self.species if not s or KEY_SEPARATOR in s or s.partition(ATOM_SEPARATOR)[0] == ANY]
         if unusable:
             raise MappingError(
-                "unusable species name", expected=f"text without {KEY_SEPARATOR!r}", got=repr(unusable[0])
+                "unusable species name",
+                expected=f"text without {KEY_SEPARATOR!r}, and not {ANY!r} for any species",
+                got=repr(unusable[0]),
             )
         object.__setattr__(self, "site_weights", weights)
         object.__setattr__(self, "masses", masses)
@@ -271,11 +278,40 @@ def identify_residue(atom: Any) -> tuple[str, int, int]:
     return atom.residue.name, int(atom.residue.resSeq), int(atom.residue.chain.index)
 
 
-def build_bead_map(beads: str, topology: md.Topology, *, ends: bool = False) -> BeadMap:
-    """Slice map from a preset (``ca``, ``backbone``, ``heavy``) or an mdtraj selection: one bead an atom.
+def check_species(maps: Mapping[str, BeadMap], trained: Collection[str]) -> None:
+    """Refuse molecules with species that no training molecule has: a network has no numbers for them.
 
-    Beads are bonded where the atoms between them, if any, are not beads. Species: the residue name for
-    ``ca``, else ``RESIDUE:ATOM``.
+    Parameters
+    ----------
+    maps : bead map of each molecule by name
+    trained : names of those trained on
+
+    Raises
+    ------
+    MappingError
+        It names the first such molecule and its species.
+    """
+    known = {kind for name in trained for kind in maps[name].species}
+    for name, bead_map in maps.items():
+        unknown = sorted(set(bead_map.species) - known)
+        if unknown:
+            raise MappingError(
+                f"no molecule that is trained on has beads of species {', '.join(unknown)}",
+                where=f"molecule {name}",
+                hint="the network cannot learn about them: add a training molecule that holds them, leave this molecule"
+                " out, or choose beads whose species the molecules share (mapping.beads; mapping.ends gives the ends of"
+                " chains their own)",
+            )
+
+
+def build_bead_map(beads: str, topology: md.Topology, *, ends: bool = False) -> BeadMap:
+    """Slice map from a preset of ``PRESETS`` or an mdtraj selection: one bead an atom.
+
+    Beads are bonded where the atoms between them, if any, are not beads; those of ``ca+cb`` as if proline's ring were
+    open at its N, or its CB would be bonded to the residue before. Species: the residue name for ``ca`` and
+    ``ca+caps``, else ``RESIDUE:ATOM``, such as ``ALA:CA`` and ``ALA:CB`` for ``ca+cb``. Where a combination of species
+    is rare, priors are shared by atom (:func:`~openmm_hvpcg.prior_terms.list_keys`): a bond of CA to CB with others of
+    CA to CB, whatever the residues.
 
     Parameters
     ----------
@@ -311,17 +347,22 @@ def build_bead_map(beads: str, topology: md.Topology, *, ends: bool = False) -> 
     residues = [identify_residue(a) for a in sites]
     marks = find_end_marks(residues) if ends else [""] * len(sites)
     species = [
-        m + (a.residue.name if beads == "ca" else f"{a.residue.name}:{a.name}")
+        m + (a.residue.name if beads in ONE_A_RESIDUE else f"{a.residue.name}{ATOM_SEPARATOR}{a.name}")
         for m, a in zip(marks, sites, strict=True)
     ]
+    bonds = [(a.index, b.index) for a, b in topology.bonds if not (beads == "ca+cb" and _closes_proline(a, b))]
     return BeadMap(
         weights,
         tuple(species),
         np.array([a.element.mass for a in sites]),
-        contract_bonds([(a.index, b.index) for a, b in topology.bonds], atoms.tolist(), topology.n_atoms),
+        contract_bonds(bonds, atoms.tolist(), topology.n_atoms),
         tuple(a.name for a in sites),
         tuple(residues),
     )
+
+
+def _closes_proline(a: Any, b: Any) -> bool:
+    return a.residue is b.residue and {a.name, b.name} == {"N", "CD"}
 
 
 def contract_bonds(bonds: Sequence[tuple[int, int]], atoms: Sequence[int], n_atoms: int) -> NDArray[np.int64]:

@@ -118,10 +118,13 @@ class PotentialSpec:
         order = {name: i for i, name in enumerate(self.species)}
         unknown = sorted(set(target.species) - set(order))
         if unknown:
+            first = target.species.index(unknown[0])
+            residue, number, _ = target.residues[first]
             raise PotentialError(
                 f"the potential does not know species {', '.join(unknown)}",
+                where=f"bead {target.names[first]} of {residue} {number}",
                 expected=f"among {', '.join(self.species)}",
-                hint="train on molecules that hold them",
+                hint="a network has no numbers for a species it never saw: train on a molecule that holds it, too",
             )
         return np.array([order[name] for name in target.species], dtype=np.int64)
 

@@ -11,6 +11,10 @@ Forms (r nm, angles rad, energies kJ/mol), each twice differentiable where the g
 - improper   ``k (1 - cos(phi - phi0))`` with phi the dihedral (centre, n1, n2, n3); it keeps the handedness
   that a network of distances cannot see
 - repulsion  ``epsilon ((sigma/r)^4 - 1)^3`` for r < sigma, else 0; C2 at sigma
+
+A term gets the parameters of the most specific key that its table holds (:func:`list_keys`). The fit keeps the keys
+that enough molecules share, so a rare combination of species gets the same general parameters in training as in a
+molecule that training never saw, and the network learns on top of what it will be used on top of.
 """
 
 from __future__ import annotations
@@ -31,7 +35,11 @@ logger = logging.getLogger(__name__)
 DIHEDRAL_ORDER = 3
 #: Joins species into keys; no species may hold it.
 KEY_SEPARATOR = "|"
-#: Parameters under this key were fitted over all species and serve those that training never saw.
+#: Comes before the atom in a species such as ``ALA:CB``.
+ATOM_SEPARATOR = ":"
+#: Residues that are no amino acids: their beads are a kind of their own.
+CAPS = ("ACE", "NME")
+#: Any species; as a whole key, parameters fitted over all of them.
 ANY = "*"
 #: Table of :class:`PriorParameters` -> parameters of one term.
 PARAMETER_COUNTS = {"bonds": 2, "angles": 2, "dihedrals": 2 * DIHEDRAL_ORDER, "impropers": 2, "repulsion": 1}
@@ -50,6 +58,69 @@ def chain_key(species: Sequence[str]) -> str:
 def improper_key(species: Sequence[str]) -> str:
     """Key of an improper (centre, n1, n2, n3); order matters."""
     return KEY_SEPARATOR.join(species)
+
+
+def find_atom(species: str) -> str:
+    """``*:CB`` of ``ALA:CB``, ``*`` of a species that names no atom."""
+    _, separator, atom = species.rpartition(ATOM_SEPARATOR)
+    return f"{ANY}{separator}{atom}" if separator else ANY
+
+
+def find_kind(species: str) -> str:
+    """What a species shares with those of other residues: its atom; a cap shares nothing."""
+    return species if species in CAPS else find_atom(species)
+
+
+@dataclass(frozen=True)
+class KeyForm:
+    """How the keys of one prior term are made.
+
+    ``join`` makes a key of species in order; ``core`` are the positions that keep their species where the others are
+    general: the vertex of an angle, the central pair of a dihedral, the centre of an improper; ``kind`` makes a species
+    general; ``geometry`` is the field of :class:`PriorGeometry` and :class:`PriorTerms`.
+    """
+
+    join: Callable[[Sequence[str]], str]
+    core: tuple[int, ...]
+    geometry: str
+    kind: Callable[[str], str] = find_kind
+
+
+#: Table of :class:`PriorParameters` -> its keys.
+KEY_FORMS = {
+    "bonds": KeyForm(bond_key, (), "bonds"),
+    "angles": KeyForm(chain_key, (1,), "angles"),
+    "dihedrals": KeyForm(chain_key, (1, 2), "dihedrals"),
+    "impropers": KeyForm(improper_key, (0,), "impropers"),
+    # The two caps of a molecule meet too seldom to say how near they may come.
+    "repulsion": KeyForm(bond_key, (), "pairs", find_atom),
+}
+
+
+def list_keys(term: str, species: Sequence[str]) -> list[str]:
+    """Keys of a term, the most specific first.
+
+    All its species; those at its core, the others as kinds (``KeyForm.kind``); kinds alone; ``ANY``. Of an angle
+    between ALA, GLY and SER, in this order: ``ALA|GLY|SER``, ``*|GLY|*``, ``*``. Of one between ALA:CB, ALA:CA and
+    GLY:CA: ``ALA:CB|ALA:CA|GLY:CA``, ``*:CB|ALA:CA|*:CA``, ``*:CB|*:CA|*:CA``, ``*``.
+
+    Parameters
+    ----------
+    term : a key of ``KEY_FORMS``
+    species : of the term's beads, in its order
+    """
+    form = KEY_FORMS[term]
+    kinds = [form.kind(s) for s in species]
+    core = [s if place in form.core else kind for place, (s, kind) in enumerate(zip(species, kinds, strict=True))]
+    keys = [ANY if set(level) == {ANY} else form.join(level) for level in (species, core, kinds)]
+    return list(dict.fromkeys([*keys, ANY]))
+
+
+def is_general(term: str, key: str) -> bool:
+    """Whether a key names no residue, but at the core of its term."""
+    core = KEY_FORMS[term].core if key != ANY else ()
+    parts = [part for place, part in enumerate(key.split(KEY_SEPARATOR)) if place not in core]
+    return all(part.partition(ATOM_SEPARATOR)[0] == ANY for part in parts)
 
 
 @dataclass(frozen=True)
@@ -154,8 +225,6 @@ def build_prior_geometry(bonds: NDArray[np.int64], n_beads: int) -> PriorGeometr
 def assign_prior_terms(parameters: PriorParameters, species: Sequence[str], bonds: NDArray[np.int64]) -> PriorTerms:
     """The prior terms of a molecule from its species (B,) and bonds (n, 2).
 
-    A combination of species the fit never saw gets the parameters fitted over all species, with a warning.
-
     Raises
     ------
     PotentialError
@@ -163,38 +232,32 @@ def assign_prior_terms(parameters: PriorParameters, species: Sequence[str], bond
     """
     geometry = build_prior_geometry(bonds, len(species))
     names = np.asarray(species, dtype=object)
+    index: dict[str, NDArray[np.int64]] = {}
+    rows: dict[str, NDArray[np.float64]] = {}
+    general = []
+    for term, form in KEY_FORMS.items():
+        table = getattr(parameters, term)
+        atoms = getattr(geometry, form.geometry)[: None if table else 0]
+        tuples = [tuple(names[row]) for row in atoms]
+        keys = [_choose_key(term, table, combination) for combination in tuples]
+        index[form.geometry] = atoms
+        rows[form.geometry] = np.array([table[key] for key in keys]).reshape(-1, PARAMETER_COUNTS[term])
+        n_general = sum(key != form.join(combination) for key, combination in zip(keys, tuples, strict=True))
+        if n_general:
+            general.append(f"{n_general} of {len(keys)} {term}")
+    if general:
+        # The fit tells it once; this runs for every System and script that is made.
+        logger.debug("prior parameters shared by several species serve %s", ", ".join(general))
+    return PriorTerms(PriorGeometry(**index), **rows, repulsion_epsilon=parameters.repulsion_epsilon)
 
-    def look_up(
-        what: str, table: dict[str, tuple[float, ...]], index: NDArray[np.int64], key: Callable[..., str]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        if not table or len(index) == 0:
-            return index[:0], np.zeros((0, len(next(iter(table.values()), ()))))
-        rows, missing = [], set()
-        for atoms in index:
-            name = key(tuple(names[atoms]))
-            if name not in table:
-                missing.add(name)
-            rows.append(table.get(name, table.get(ANY)))
-        if any(row is None for row in rows):
-            raise PotentialError(
-                f"no {what} parameters for {', '.join(sorted(missing)[:5])}",
-                hint="train on a molecule that holds these species bonded this way",
-            )
-        if missing:
-            logger.warning("%s parameters fitted over all species serve %s", what, ", ".join(sorted(missing)[:10]))
-        return index, np.array(rows, dtype=np.float64)
 
-    bond_index, bond_rows = look_up("bond", parameters.bonds, geometry.bonds, bond_key)
-    angle_index, angle_rows = look_up("angle", parameters.angles, geometry.angles, chain_key)
-    dihedral_index, dihedral_rows = look_up("dihedral", parameters.dihedrals, geometry.dihedrals, chain_key)
-    improper_index, improper_rows = look_up("improper", parameters.impropers, geometry.impropers, improper_key)
-    pair_index, pair_rows = look_up("repulsion", parameters.repulsion, geometry.pairs, bond_key)
-    return PriorTerms(
-        PriorGeometry(bond_index, angle_index, dihedral_index, improper_index, pair_index),
-        bond_rows.reshape(-1, 2),
-        angle_rows.reshape(-1, 2),
-        dihedral_rows.reshape(-1, 2 * DIHEDRAL_ORDER),
-        improper_rows.reshape(-1, 2),
-        pair_rows.reshape(-1, 1),
-        parameters.repulsion_epsilon,
-    )
+def _choose_key(term: str, table: dict[str, tuple[float, ...]], species: tuple[str, ...]) -> str:
+    """The most specific key of a term that the table holds."""
+    keys = list_keys(term, species)
+    found = next((key for key in keys if key in table), None)
+    if found is None:
+        raise PotentialError(
+            f"no {term.removesuffix('s')} parameters for {keys[0]}",
+            hint="train on a molecule that holds these species bonded this way",
+        )
+    return found

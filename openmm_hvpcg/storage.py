@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from openmm_hvpcg.errors import DataError, StorageError
 from openmm_hvpcg.units import UNITS
 
 PathLike = str | os.PathLike[str]
+#: A path, a URL that fsspec knows (``s3://bucket/labels.zarr``), or a zarr store.
+StoreLike = Any
 
 
 @contextlib.contextmanager
@@ -105,13 +108,20 @@ def check_free_space(path: PathLike, n_bytes: int) -> None:
         )
 
 
-def compute_hash(*parts: bytes | str | np.ndarray) -> str:
+def split_rows(values: Any, n_bytes: int = 2**24) -> list[slice]:
+    """Slices of the first axis of an array, of about ``n_bytes`` each, which leave out nothing."""
+    size = max(1, n_bytes // max(1, values.dtype.itemsize * math.prod(values.shape[1:])))
+    return [slice(start, start + size) for start in range(0, len(values), size)]
+
+
+def compute_hash(*parts: Any) -> str:
     """SHA-256 of text, bytes and arrays (their dtype, shape and values), in order, as 64 hex digits."""
     digest = hashlib.sha256()
     for part in parts:
-        if isinstance(part, np.ndarray):
+        if not isinstance(part, (bytes, str)):
             digest.update(f"{part.dtype.str}{part.shape}".encode())
-            digest.update(np.ascontiguousarray(part).tobytes())
+            for rows in split_rows(part) if part.shape else [...]:
+                digest.update(np.ascontiguousarray(part[rows]).tobytes())
         else:
             digest.update(part.encode() if isinstance(part, str) else part)
         digest.update(b"\0")
@@ -160,8 +170,13 @@ def create_store(
     return zarr.open_group(str(target), mode="r+")
 
 
-def open_store(path: PathLike, kind: str, version: int, mode: str = "r") -> Any:
-    """Open a store made by :func:`create_store`; check kind, format version and units.
+def is_local(store: StoreLike) -> bool:
+    """Whether it is a path, and not a URL or a store."""
+    return isinstance(store, os.PathLike) or (isinstance(store, str) and "://" not in store)
+
+
+def open_store(path: StoreLike, kind: str, version: int, mode: str = "r") -> Any:
+    """Open a store made by :func:`create_store`, or a copy of one elsewhere; check kind, format version and units.
 
     Raises
     ------
@@ -170,10 +185,10 @@ def open_store(path: PathLike, kind: str, version: int, mode: str = "r") -> Any:
     """
     import zarr
 
-    if not Path(path).exists():
+    if is_local(path) and not Path(path).exists():
         raise DataError(f"there is no {kind} store", where=path, hint="run the stage that writes it")
     try:
-        group = zarr.open_group(str(path), mode=mode)  # type: ignore[arg-type]
+        group = zarr.open_group(str(path) if is_local(path) else path, mode=mode)  # type: ignore[arg-type]
         attributes = dict(group.attrs)
     except Exception as error:
         raise DataError("not a readable zarr group", expected=f"{kind} store", where=path) from error
@@ -201,7 +216,7 @@ def open_store(path: PathLike, kind: str, version: int, mode: str = "r") -> Any:
     return group
 
 
-def read_array(group: Any, name: str, path: PathLike, shape: tuple[int | None, ...] | None = None) -> np.ndarray:
+def read_array(group: Any, name: str, path: StoreLike, shape: tuple[int | None, ...] | None = None) -> np.ndarray:
     """Read one array of a store whole; a missing, damaged or misshapen one is a :class:`DataError`."""
     try:
         values = np.asarray(group[name][...])

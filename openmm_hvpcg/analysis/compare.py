@@ -20,6 +20,7 @@ from openmm_hvpcg.analysis.distributions import (
     compute_shares,
 )
 from openmm_hvpcg.analysis.divergences import Estimate, split_blocks
+from openmm_hvpcg.analysis.reweighting import count_effective
 from openmm_hvpcg.analysis.slow_modes import SlowModes, fit_slow_modes
 from openmm_hvpcg.config import AnalysisSettings
 from openmm_hvpcg.errors import InputError
@@ -53,6 +54,7 @@ class Comparison:
     molecule, temperature_K, settings : what was compared, and how
     n_frames_reference, reference_ns, n_blocks_reference : the reference
     n_frames : frames used of each arm, after burn-in
+    n_effective : for arms whose frames are weighted, how many frames of equal weight would do as well
     slow_modes, feature_note, n_features : TICA of the reference
     tica1, tica12 : along mode 1, over modes 1 and 2 (None with one mode only)
     phi_psi : Ramachandran plane (None unless asked for), degrees
@@ -80,6 +82,7 @@ class Comparison:
     radius_of_gyration: Observable
     rmsd: Observable | None
     skipped: dict[str, str] = field(default_factory=dict)
+    n_effective: dict[str, float] = field(default_factory=dict)
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -90,9 +93,10 @@ class Comparison:
 class _Run:
     frames: Frames
     blocks: list[NDArray[np.intp]]
+    weights: FloatArray | None = None
 
     def sample(self, values: FloatArray) -> Sample:
-        return Sample(values, self.blocks)
+        return Sample(values, self.blocks, self.weights)
 
 
 def compare_runs(
@@ -103,6 +107,7 @@ def compare_runs(
     molecule: str,
     native: NDArray[np.floating] | None = None,
     phi_psi: tuple[obs.Quadruple, obs.Quadruple] | None = None,
+    weights: Mapping[str, FloatArray] | None = None,
     seed: int = 0,
 ) -> Comparison:
     """Measure how well CG runs reproduce the reference.
@@ -115,6 +120,8 @@ def compare_runs(
     molecule : its name, for messages and titles
     native : (B, 3) nm, structure for the RMSD
     phi_psi : bead indices of phi and psi, see :func:`~openmm_hvpcg.analysis.observables.find_phi_psi`
+    weights : by arm, where frames do not count alike: (T,) what each counts as a sample of the reference's
+        temperature, see :mod:`~openmm_hvpcg.analysis.reweighting`; burn-in is left out whatever it weighs
     seed : of the random halves of the reference behind the sampling floor
 
     Raises
@@ -135,13 +142,15 @@ def compare_runs(
         )
     base, models, skipped = _Run(reference, split_blocks(reference.walker, settings.blocks)), {}, {}
     for arm, frames in runs.items():
-        used = drop_burn_in(frames, settings.burn_in)
-        reason = _find_reason_to_skip(used, least)
+        kept = list_after_burn_in(frames.walker, settings.burn_in)
+        used = frames if len(kept) == frames.n_frames else frames.select(kept)
+        counted = _scale_weights(weights[arm][kept]) if weights and arm in weights else None
+        reason = _find_reason_to_skip(used, least, counted)
         if reason:
             skipped[arm] = reason
             logger.warning("%s, arm %s: %s", molecule, arm, reason)
         else:
-            models[arm] = _Run(used, split_blocks(used.walker, settings.blocks))
+            models[arm] = _Run(used, split_blocks(used.walker, settings.blocks), counted)
     features = obs.build_features(reference.topology, settings.features)
     modes, tica1, tica12 = _compare_slow_modes(base, models, features, settings, molecule, seed)
     return Comparison(
@@ -173,17 +182,18 @@ def compare_runs(
             "rmsd", "RMSD to native", lambda f: obs.compute_rmsd(f, native), base, models, settings, seed
         ),
         skipped=skipped,
+        n_effective={arm: float(run.weights.sum()) for arm, run in models.items() if run.weights is not None},
         **_compare_phi_psi(base, models, settings, phi_psi, seed),
     )
 
 
-def drop_burn_in(frames: Frames, share: float) -> Frames:
-    """Leave out the first ``share`` of every walker."""
-    keep = np.zeros(frames.n_frames, dtype=bool)
-    for w in dict.fromkeys(frames.walker.tolist()):
-        index = np.flatnonzero(frames.walker == w)
+def list_after_burn_in(walker: NDArray[np.int64], share: float) -> NDArray[np.intp]:
+    """Indices of the frames without the first ``share`` of every walker; ``walker`` (T,) of each frame."""
+    keep = np.zeros(len(walker), dtype=bool)
+    for w in dict.fromkeys(walker.tolist()):
+        index = np.flatnonzero(walker == w)
         keep[index[int(share * len(index)) :]] = True
-    return frames if keep.all() else frames.select(np.flatnonzero(keep))
+    return np.flatnonzero(keep)
 
 
 def assign_basins(phi_psi: FloatArray) -> NDArray[np.intp]:
@@ -212,6 +222,7 @@ def without_arms(comparison: Comparison, arms: Mapping[str, str]) -> Comparison:
     return replace(
         c,
         n_frames={arm: c.n_frames[arm] for arm in keep},
+        n_effective={arm: n for arm, n in c.n_effective.items() if arm in keep},
         tica1=trim(c.tica1),
         tica12=None if c.tica12 is None else trim(c.tica12),
         phi_psi=None if c.phi_psi is None else trim(c.phi_psi),
@@ -270,7 +281,17 @@ def _check_inputs(
             )
 
 
-def _find_reason_to_skip(used: Frames, least: int) -> str | None:
+def _scale_weights(weights: FloatArray) -> FloatArray:
+    """Weights that sum to the number of frames of equal weight that would do as well."""
+    return weights * (count_effective(weights) / weights.sum())
+
+
+def _find_reason_to_skip(used: Frames, least: int, weights: FloatArray | None) -> str | None:
+    if weights is not None and weights.sum() < least:
+        return (
+            f"too few frames count at the target temperature: they are worth {weights.sum():.0f}, at least {least} are"
+            " needed"
+        )
     if used.n_frames < least:
         return f"too short to compare: {used.n_frames} frames after burn-in, at least {least} are needed"
     if np.abs(used.positions).max() > FARTHEST_NM:

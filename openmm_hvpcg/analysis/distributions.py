@@ -25,13 +25,23 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Sample:
-    """Values (n,) or (n, d) of a data set's frames, and the frame indices of its time blocks."""
+    """Values (n,) or (n, d) of a data set's frames, and the frame indices of its time blocks.
+
+    ``weights`` (n,), where frames do not count alike, sum to the number of frames of equal weight that would do as
+    well: divergences treat sums of weights as counts.
+    """
 
     values: FloatArray
     blocks: Sequence[NDArray[np.intp]]
+    weights: FloatArray | None = None
 
     def with_values(self, values: FloatArray) -> Sample:
-        return Sample(values, self.blocks)
+        return Sample(values, self.blocks, self.weights)
+
+    @property
+    def counted(self) -> FloatArray:
+        """What each frame counts: its weight, or 1."""
+        return np.ones(len(self.values)) if self.weights is None else self.weights
 
 
 @dataclass(frozen=True)
@@ -111,8 +121,8 @@ def compare_samples(
 ) -> Landscape:
     """Histogram all data sets, values (n, d), over common bins; measure the arms against the reference."""
     bins = build_bins(reference.values, [arm.values for arm in arms.values()], n_bins, period)
-    counts = bins.count_blocks(reference.values, reference.blocks)
-    arm_counts = {name: bins.count_blocks(arm.values, arm.blocks) for name, arm in arms.items()}
+    counts = bins.count_blocks(reference.values, reference.blocks, reference.weights)
+    arm_counts = {name: bins.count_blocks(arm.values, arm.blocks, arm.weights) for name, arm in arms.items()}
 
     def kl(p: FloatArray, q: FloatArray) -> FloatArray:
         return compute_kl(p, q, bins.inside)
@@ -160,8 +170,8 @@ def compare_observable(
 
 def compute_shares(assignment: Sample, n_states: int) -> list[Estimate]:
     """Share of frames in each of ``n_states`` states (values: state indices), with block errors."""
-    states = assignment.values.astype(np.intp)
-    counts = np.array([np.bincount(states[block], minlength=n_states) for block in assignment.blocks], dtype=float)
+    states, counted = assignment.values.astype(np.intp), assignment.counted
+    counts = np.array([np.bincount(states[block], counted[block], n_states) for block in assignment.blocks])
     values, errors = jackknife(lambda n: n / n.sum(axis=-1, keepdims=True), counts)
     return [Estimate(float(v), float(e)) for v, e in zip(values, errors, strict=True)]
 
@@ -173,12 +183,14 @@ def _compute_density(bins: StateBins, counts: FloatArray) -> Density:
 
 
 def _sum_blocks(sample: Sample, *columns: FloatArray) -> FloatArray:
-    return np.array([[len(block), *(column[block].sum() for column in columns)] for block in sample.blocks])
+    counted = sample.counted
+    weighted = [counted, *(counted * column for column in columns)]
+    return np.array([[column[block].sum() for column in weighted] for block in sample.blocks])
 
 
 def _compute_moments(sample: Sample) -> Moments:
     # Centred first: the variance from sums of squares would lose digits of a narrow distribution.
-    centre = float(sample.values.mean())
+    centre = float(np.average(sample.values, weights=sample.weights))
     shifted = sample.values - centre
     totals = _sum_blocks(sample, shifted, shifted**2)
 
@@ -194,7 +206,7 @@ def _compute_moments(sample: Sample) -> Moments:
 def _compute_circular_moments(sample: Sample) -> Moments:
     """Mean direction and circular deviation sqrt(-2 ln R) of angles in degrees (Mardia and Jupp, 2000)."""
     angles = np.radians(sample.values)
-    centre = float(np.angle(np.exp(1j * angles).mean()))
+    centre = float(np.angle(np.average(np.exp(1j * angles), weights=sample.weights)))
     # Measured from the mean direction, so that leaving a block out never crosses the cut at 180 degrees.
     totals = _sum_blocks(sample, np.cos(angles - centre), np.sin(angles - centre))
 

@@ -77,10 +77,13 @@ class StateBins:
         ]
         return np.ravel_multi_index(index, self.shape)
 
-    def count_blocks(self, values: FloatArray, blocks: Sequence[NDArray[np.intp]]) -> FloatArray:
-        """Counts (n_blocks, cells) of the rows of ``values`` (n, d) that each block names."""
+    def count_blocks(
+        self, values: FloatArray, blocks: Sequence[NDArray[np.intp]], weights: FloatArray | None = None
+    ) -> FloatArray:
+        """Counts (n_blocks, cells), or sums of weights (n,), of the rows of ``values`` (n, d) in each block."""
         cells, n_cells = self.assign(values), int(np.prod(self.shape))
-        return np.array([np.bincount(cells[block], minlength=n_cells) for block in blocks], dtype=np.float64)
+        counted = np.ones(len(cells)) if weights is None else weights
+        return np.array([np.bincount(cells[block], counted[block], n_cells) for block in blocks])
 
 
 def build_bins(

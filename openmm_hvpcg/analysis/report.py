@@ -21,6 +21,9 @@ from openmm_hvpcg.storage import PathLike, write_text
 
 logger = logging.getLogger(__name__)
 
+#: Swaps of neighbouring temperatures rarer than this are pointed out.
+LOW_ACCEPTANCE = 0.1
+
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1b1f24; max-width: 68rem; margin: 2rem auto; padding: 0
 1.25rem; } h1 { font-size: 1.8rem; margin-bottom: .2rem; } h2 { margin-top: 2.6rem; border-bottom: 1px solid
@@ -87,6 +90,7 @@ def write_report(
     *,
     title: str = "Coarse-grained potentials against the all-atom reference",
     pmf_errors: PMFErrors | None = None,
+    roles: str = "",
 ) -> Path:
     """Write ``folder/report.html``, one self-contained file, and return its path.
 
@@ -99,6 +103,7 @@ def write_report(
     provenance : what the study was made from; nested dictionaries become dotted rows
     title : heading
     pmf_errors : by molecule, then by arm: the ``pmf_`` figures of ``SUMMARY_KEYS``; None without a PMF reference
+    roles : which molecules were trained on and which held out, in words
     """
     molecules = list(dict.fromkeys([*comparisons, *simulation]))
     status = {
@@ -116,12 +121,14 @@ def write_report(
     judged = (arm for m in molecules for arm in [*status[m], *(pmf_errors or {}).get(m, {})])
     colours = plots.choose_colours(list(dict.fromkeys([*training, *judged])))
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{_describe_study(molecules, colours)}</p>']
+    parts.append(f"<p>{escape(roles)}</p>" if roles else "")
     parts.append("<h2>Key figures</h2>")
     parts.append(_build_key_table(shown, training, simulation, status))
     parts.append(_embed(plots.plot_divergences(shown, colours), "divergences"))
     parts.append(_build_pmf_errors(pmf_errors or {}, colours))
     for molecule in molecules:
-        parts.append(_build_molecule(molecule, shown.get(molecule), status[molecule], colours))
+        runs = simulation.get(molecule, {})
+        parts.append(_build_molecule(molecule, shown.get(molecule), status[molecule], colours, runs))
     parts.append(_build_training(training, colours))
     parts += ["<h2>What this was made from</h2>", _build_provenance(provenance)]
     path = Path(folder) / "report.html"
@@ -211,11 +218,13 @@ def _build_molecule(
     comparison: Comparison | None,
     status: Mapping[str, tuple[str, str | None]],
     colours: plots.Colours,
+    runs: Mapping[str, Mapping[str, Any]],
 ) -> str:
     parts = [f"<h2>{escape(molecule)}</h2>"]
     for arm, (state, message) in status.items():
         if state != "ok":
             parts.append(f'<p class="bad">Arm <b>{escape(arm)}</b>: {escape(state)}. {escape(str(message))}</p>')
+    parts += [_describe_exchange(arm, run, comparison) for arm, run in runs.items() if run.get("temperatures_K")]
     if comparison is None:
         return "\n".join([*parts, "<p>There is no comparison of this molecule.</p>"])
     c = comparison
@@ -230,6 +239,26 @@ def _build_molecule(
     parts += ["<h3>Internal coordinates</h3>", _embed(plots.plot_coordinates(c, colours), "coordinates")]
     parts.append(_build_coordinate_table(c))
     return "\n".join(parts)
+
+
+def _describe_exchange(arm: str, run: Mapping[str, Any], comparison: Comparison | None) -> str:
+    """How a replica exchange went, and what its weighted frames are worth."""
+    temperatures, acceptance = run["temperatures_K"], run["swap_acceptance"]
+    text = (
+        f"Arm {arm}: replica exchange at {', '.join(f'{t:.0f}' for t in temperatures)} K; neighbours swap with"
+        f" probability {', '.join(f'{p:.2f}' for p in acceptance)}; {run['round_trips']} round trips."
+    )
+    if comparison is not None and arm in comparison.n_effective:
+        text += (
+            f" Frames of all temperatures are weighted to {temperatures[0]:g} K: {comparison.n_frames[arm]} frames"
+            f" are worth {comparison.n_effective[arm]:.0f} of that temperature."
+        )
+    rare = min(acceptance) < LOW_ACCEPTANCE
+    if rare:
+        text += " Swaps are too rare: take more temperatures or a lower hottest_K."
+    elif run["round_trips"] == 0:
+        rare, text = True, text + " No replica came back from the hottest temperature: simulate longer."
+    return f'<p class="bad">{escape(text)}</p>' if rare else f"<p>{escape(text)}</p>"
 
 
 def _describe_reference(c: Comparison) -> str:

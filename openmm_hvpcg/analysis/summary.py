@@ -81,6 +81,9 @@ _SIMULATION_KEYS = {
     "n_steps": "CG steps of each replica",
     "timestep_fs": "CG time step (fs)",
     "stable": "false if the simulation blew up, null if there was none",
+    "temperatures_K": "temperatures of the replica exchange, null without (K)",
+    "swap_acceptance": "probability of swapping each two neighbouring temperatures (0 to 1)",
+    "round_trips": "from the coldest temperature to the hottest and back, all replicas together",
 }
 
 #: Every key of ``summary.json`` and what it means. Null stands for a figure that does not exist.
@@ -131,6 +134,7 @@ SUMMARY_KEYS: dict[str, str] = {
     },
     **{f"population_{basin}": f"share of frames in the phi/psi basin {basin} (0 to 1)" for basin in BASINS},
     **{f"population_{basin}_error": f"standard error of the share in {basin}" for basin in BASINS},
+    "n_effective_frames": "frames of equal weight that would do as well as the weighted ones of a replica exchange",
     "observables": "list of internal coordinates, one entry each",
     "kind": "kind of internal coordinate: bond, 1-3 distance, distance, angle or dihedral",
     "label": "beads of the coordinate",
@@ -257,6 +261,7 @@ def _describe_arm(
     figures |= {key: labels.get(key) for key in _LABEL_KEYS}
     c = comparison if status == "ok" else None
     figures["n_frames"] = c.n_frames[arm] if c else None
+    figures["n_effective_frames"] = c.n_effective.get(arm) if c else None
     spaces: dict[str, Landscape | None] = _find_spaces(c) if c else dict.fromkeys(_SPACES)
     for space, landscape in spaces.items():
         figures |= _describe_estimate(f"kl_{space}", landscape.kl[arm] if landscape else None)

@@ -23,8 +23,8 @@ from scipy.sparse.csgraph import shortest_path
 
 from openmm_hvpcg.errors import InputError, UnstableSimulationError
 
-#: The cutoff over the length of the longest molecule with all its bonds in one line: bonds vibrate.
-STRETCH = 1.05
+#: The cutoff over the length of the longest molecule with all its bonds in one line, and more, nm: bonds vibrate.
+STRETCH, MARGIN_NM = 1.05, 0.1
 #: How far a molecule may drift from its place before it is put back, nm.
 DRIFT_NM = 1.0
 
@@ -105,7 +105,7 @@ def build_crowd(systems: Sequence[openmm.System]) -> Crowd:
     if not systems:
         raise InputError("a crowd needs at least one molecule")
     lengths = {id(s): _compute_contour_nm(s) for s in systems}
-    longest = STRETCH * max(lengths.values())
+    longest = STRETCH * max(lengths.values()) + MARGIN_NM
     cutoff = longest
     # A drifting molecule is put back at DRIFT_NM; until the next look it may go as far again.
     places = _build_lattice(len(systems), cutoff + longest + 4 * DRIFT_NM)

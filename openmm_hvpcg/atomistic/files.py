@@ -27,6 +27,7 @@ from openmm_hvpcg.atomistic.building import (
     label_atom,
     read_file,
 )
+from openmm_hvpcg.atomistic.gromacs_includes import hash_includes
 from openmm_hvpcg.atomistic.molecule import AtomisticSystem, check_positions
 from openmm_hvpcg.atomistic.peptides import to_nm
 from openmm_hvpcg.atomistic.solvent import add_obc2, check_box
@@ -107,6 +108,9 @@ def build_from_gromacs(build: Build) -> AtomisticSystem:
         return _add_solvent(build, system, topology)
 
     facts = {"files": build.hash_files(settings.top, settings.coordinates), **build.describe()}
+    included = hash_includes(build.base, str(settings.top), settings.include_folder)
+    if included:
+        facts["included"] = included
     return build.finish("gromacs", topology, positions, create_system, facts)
 
 

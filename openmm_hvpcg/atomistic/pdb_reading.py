@@ -68,14 +68,14 @@ class Deposit:
         return read_file(self.path, lambda _: PDBFixer(pdbfile=io.StringIO(self.text), platform=platform), "a PDB file")
 
 
-def read_deposit(path: Path, remove: Iterable[str] = ()) -> Deposit:
+def read_deposit(path: Path, remove: Iterable[str] = (), replaced: Iterable[str] = ()) -> Deposit:
     """Read a PDB file: its first model, of alternate locations one, without the residues named in ``remove``.
 
     Raises
     ------
     InputError
-        No atoms, NaN, a residue to remove that is not there, residues missing inside a chain, a disulfide of an
-        SSBOND record that is none.
+        No atoms, NaN, a residue to remove (or one of ``replaced``) that is not there, residues missing inside a
+        chain, a disulfide of an SSBOND record that is none.
     """
     text = read_file(path, lambda p: Path(p).read_text(encoding="utf-8", errors="replace"), "a PDB file")
     if not any(line.startswith(ATOM_RECORDS) for line in text.splitlines()):
@@ -86,6 +86,7 @@ def read_deposit(path: Path, remove: Iterable[str] = ()) -> Deposit:
     pdb = read_file(path, lambda _: app.PDBFile(io.StringIO(text)), "a PDB file")
     deposit = Deposit(path, text, pdb.topology, to_nm(pdb.positions), changes)
     check_positions(deposit.positions, deposit.topology, path)
+    _check_names(deposit, list(replaced), "replace")
     deposit = _remove_residues(deposit, list(remove))
     gaps, ends = _find_missing(deposit)
     deposit = replace(deposit, missing=gaps)
@@ -180,15 +181,22 @@ def _parse_occupancy(line: str) -> float:
         return 0.0
 
 
+def _check_names(deposit: Deposit, names: list[str], purpose: str) -> None:
+    """Raise :class:`InputError` for a name that no residue has."""
+    there = {r.name for r in deposit.topology.residues()}
+    absent = [name for name in names if name not in there]
+    if absent:
+        raise InputError(
+            f"no residue {absent[0]} to {purpose}", expected=f"one of {', '.join(sorted(there))}", where=deposit.path
+        )
+
+
 def _remove_residues(deposit: Deposit, names: list[str]) -> Deposit:
     if not names:
         return deposit
     residues = [r for r in deposit.topology.residues() if r.name in names]
     found = {r.name for r in residues}
-    absent = [name for name in names if name not in found]
-    if absent:
-        there = ", ".join(sorted({r.name for r in deposit.topology.residues()}))
-        raise InputError(f"no residue {absent[0]} to remove", expected=f"one of {there}", where=deposit.path)
+    _check_names(deposit, names, "remove")
     modeller = app.Modeller(deposit.topology, deposit.positions * unit.nanometer)
     modeller.delete(residues)
     if modeller.topology.getNumAtoms() == 0:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import openmm
@@ -17,11 +19,15 @@ from openmm_hvpcg.errors import InputError
 #: Seed of the short dynamics by which pdbfixer moves new atoms out of others' way.
 SEED = 1
 
+#: Residues that may be replaced without a word from the user: they differ from what stands for them by selenium instead
+#: of sulfur (MSE) or in protonation, which ``ph`` decides. All others are modifications.
+HARMLESS = ("MSE", "HIP", "CYM")
+
 #: Residues that take or give up a proton near pH 7, whose state is worth telling.
 TITRATABLE = ("ASP", "GLU", "HIS", "LYS", "CYS")
 
 
-def repair(deposit: Deposit, force_field: app.ForceField, ph: float) -> Deposit:
+def repair(deposit: Deposit, force_field: app.ForceField, ph: float, replaceable: Iterable[str] = ()) -> Deposit:
     """Replace non-standard residues, add missing heavy atoms and hydrogens; atoms that are there do not move.
 
     pdbfixer knows the residues (MSE becomes MET, say) and places heavy atoms, on the Reference platform and with a
@@ -33,6 +39,7 @@ def repair(deposit: Deposit, force_field: app.ForceField, ph: float) -> Deposit:
     deposit : what was read
     force_field : residues it has templates for are not replaced
     ph : for the protonation states
+    replaceable : names of modified residues that may lose their modification
 
     Returns
     -------
@@ -41,16 +48,18 @@ def repair(deposit: Deposit, force_field: app.ForceField, ph: float) -> Deposit:
     Raises
     ------
     InputError
-        An atom cannot be placed, or a chain turns out to have a gap.
+        A modified residue that may not be replaced; an atom cannot be placed, or a chain turns out to have a gap.
     """
     changes = dict(deposit.changes)
     fixer = deposit.open_fixer()
     fixer.topology = deposit.topology
     fixer.positions = [openmm.Vec3(*p) for p in deposit.positions.tolist()] * unit.nanometer
     try:
-        _replace_residues(fixer, force_field, changes)
+        _replace_residues(fixer, force_field, (*HARMLESS, *replaceable), deposit.path, changes)
         _add_heavy_atoms(fixer, changes)
         modeller = _add_hydrogens(fixer, ph, changes)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"cannot be repaired ({type(error).__name__}: {error})", where=deposit.path) from error
     if changes == deposit.changes:
@@ -61,11 +70,21 @@ def repair(deposit: Deposit, force_field: app.ForceField, ph: float) -> Deposit:
     return repaired
 
 
-def _replace_residues(fixer: PDBFixer, force_field: app.ForceField, changes: dict[str, Any]) -> None:
+def _replace_residues(
+    fixer: PDBFixer, force_field: app.ForceField, replaceable: tuple[str, ...], path: Path, changes: dict[str, Any]
+) -> None:
     fixer.findNonstandardResidues()
     unknown = [(r, name) for r, name in fixer.nonstandardResidues if r.name not in force_field._templates]
     if not unknown:
         return
+    for residue, name in unknown:
+        if residue.name not in replaceable:
+            raise InputError(
+                f"{label_residue(residue)} is a modified {name}, unknown to the force field",
+                where=path,
+                hint=f"add a force field that knows {residue.name}; or set replace: [{residue.name}], which makes it"
+                f" {name} and so another molecule",
+            )
     changes["replaced"] = [f"{label_residue(residue)} by {name}" for residue, name in unknown]
     fixer.nonstandardResidues = unknown
     fixer.replaceNonstandardResidues()

@@ -12,7 +12,9 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openmm_hvpcg.atomistic.checkpoints import read_checkpoint
+from openmm_hvpcg.atomistic.crowd_sampling import CHECKPOINT_NAME, CrowdRun, use_one_system
 from openmm_hvpcg.atomistic.molecule import AtomisticSystem
+from openmm_hvpcg.atomistic.parts import find_parts, gather_parts, open_part
 from openmm_hvpcg.atomistic.platforms import PlatformChoice, choose_platform
 from openmm_hvpcg.atomistic.pool import Meter, WalkerPool
 from openmm_hvpcg.config import SamplingSettings
@@ -40,9 +42,10 @@ def sample_frames(
     """Run LangevinMiddle dynamics and store a frame every ``settings.stride`` steps.
 
     Each walker is minimised, gets velocities of its own and is equilibrated. Walkers run at once in processes
-    of their own. Every ``checkpoint_seconds`` the frames made are added to the store and OpenMM's checkpoint
-    is put beside it, in ``<path without suffix>.checkpoints/``; the same call goes on from there after a
-    kill. On the Reference platform the result is, bit for bit, that of an uninterrupted run.
+    of their own, or, where a GPU would be idle with one of them, all in one System
+    (:mod:`~openmm_hvpcg.atomistic.crowd_sampling`). Every ``checkpoint_seconds`` the frames made are added to the
+    store and OpenMM's checkpoint is put beside it, in ``<path without suffix>.checkpoints/``; the same call goes on
+    from there after a kill. On the Reference platform the result is, bit for bit, that of an uninterrupted run.
 
     Parameters
     ----------
@@ -68,17 +71,62 @@ def sample_frames(
     """
     path = Path(path)
     store = _open_or_create(system, settings, path)
+    gather_parts(store)
     checkpoints = path.with_suffix(".checkpoints")
     left = [w for w in range(settings.walkers) if store.count_done(w) < store.counts[w]]
     if left:
         cores = count_cores()
         workers = min(len(left), cores)
         choice = _choose_platform(system, settings, checkpoints, max(1, cores // workers))
-        run = WalkerPool(system, settings, store, checkpoints, choice, checkpoint_seconds)
         with _show_progress(system, settings, store, progress) as meter:
-            run.run_walkers(left, workers, meter)
+            if use_one_system(system, settings, store, checkpoints, choice):
+                CrowdRun(system, settings, store, checkpoints, choice, checkpoint_seconds).run(meter)
+            else:
+                run = WalkerPool(system, settings, store, checkpoints, choice, checkpoint_seconds)
+                run.run_walkers(left, workers, meter)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return store
+
+
+def sample_walker(
+    system: AtomisticSystem,
+    settings: SamplingSettings,
+    path: PathLike,
+    walker: int | None,
+    *,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+) -> list[int]:
+    """Make the frames of one walker only; :func:`sample_frames` puts them together, and is quick once all are made.
+
+    Calls for different walkers may run at once, on different machines with one file system, after a call for none
+    has begun the store. The frames are those that one process would make.
+
+    Parameters
+    ----------
+    system, settings, path, checkpoint_seconds : those of :func:`sample_frames`, the same in all calls
+    walker : its index; None only begins the store
+
+    Returns
+    -------
+    list of int, the walkers that ``path`` does not hold whole yet
+
+    Raises
+    ------
+    StudyError, UnstableSimulationError, BackendError
+        As :func:`sample_frames`.
+    """
+    path = Path(path)
+    store = _open_or_create(system, settings, path)
+    unfinished = [w for w in range(settings.walkers) if store.count_done(w) < store.counts[w]]
+    if walker is not None and walker in unfinished:
+        part = open_part(store, walker)
+        if not part.is_complete:
+            checkpoints = path.with_suffix(".checkpoints")
+            choice = _choose_platform(system, settings, checkpoints, count_cores())
+            run = WalkerPool(system, settings, part, checkpoints, choice, checkpoint_seconds)
+            with _show_progress(system, settings, part, False) as meter:
+                run.run_walkers([walker], 1, meter)
+    return unfinished
 
 
 def spread_frames(n_frames: int, walkers: int) -> list[int]:
@@ -89,11 +137,12 @@ def spread_frames(n_frames: int, walkers: int) -> list[int]:
 def _open_or_create(system: AtomisticSystem, settings: SamplingSettings, path: Path) -> FramesStore:
     # Platform and precision may change between runs: they change speed and rounding, not the ensemble. Flexible beads
     # change the System, and its hash tells.
-    recorded = settings.model_dump(mode="json", exclude={"platform", "precision", "flexible_beads"})
+    recorded = settings.model_dump(mode="json", exclude={"platform", "precision", "flexible_beads", "walkers_in"})
     provenance = {"system": system.provenance, "system_hash": system.system_hash, "sampling": recorded}
     if not path.exists():
         # Checkpoints without their frames belong to a store that was moved away.
         shutil.rmtree(path.with_suffix(".checkpoints"), ignore_errors=True)
+        shutil.rmtree(find_parts(path), ignore_errors=True)
         return FramesStore.create(
             path,
             system.topology,
@@ -139,7 +188,8 @@ def _choose_platform(
         threads=threads,
     )
     if settings.platform == "auto":
-        made_on = {c.platform for c in map(read_checkpoint, sorted(checkpoints.glob("walker_*.chk"))) if c}
+        states = [*sorted(checkpoints.glob("walker_*.chk")), checkpoints / CHECKPOINT_NAME]
+        made_on = {c.platform for c in map(read_checkpoint, states) if c}
         if len(made_on) == 1:
             with contextlib.suppress(BackendError):
                 choice = choose(platform=made_on.pop())
@@ -173,8 +223,8 @@ def _show_progress(
     logger.info(
         "%s: %d frames of %d walkers, %.3g ns at %.0f ns/day",
         system.name or "molecule",
-        settings.n_frames,
-        settings.walkers,
+        sum(store.counts),
+        sum(n > 0 for n in store.counts),
         meter.ns,
         meter.ns_per_day,
     )

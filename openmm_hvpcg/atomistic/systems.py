@@ -119,7 +119,7 @@ def build_from_pdb(build: Build) -> AtomisticSystem:
     """
     settings = build.settings
     path = build.find_file(settings.pdb)
-    deposit = read_deposit(path, settings.remove)
+    deposit = read_deposit(path, settings.remove, settings.replace)
     check_waters(deposit.topology, settings.solvent, path)
     loaded = load_force_field(settings.force_field, explicit=build.is_explicit, base=build.base)
     deposit, create_system = _complete(build, deposit, loaded)
@@ -196,7 +196,8 @@ def _complete(build: Build, deposit: Deposit, loaded: LoadedForceField) -> tuple
     try:
         return try_out(deposit)
     except InputError:
-        repaired = repair(deposit, loaded.force_field, build.settings.ph) if build.settings.repair else deposit
+        settings = build.settings
+        repaired = repair(deposit, loaded.force_field, settings.ph, settings.replace) if settings.repair else deposit
         if repaired is deposit:
             raise
     return try_out(repaired)

@@ -199,6 +199,18 @@ def platform_properties(name: str) -> dict[str, str]:
     return {"Precision": "mixed"} if "Precision" in names else {}
 
 
+def find_platform(name: str) -> openmm.Platform:
+    """The OpenMM platform of that name, or a :class:`BackendError` that lists those there are."""
+    if name not in list_platforms():
+        raise BackendError(
+            "no such OpenMM platform here",
+            expected=f"one of {', '.join(list_platforms())}",
+            got=name,
+            hint="`openmm-hvpcg doctor` says what to install",
+        )
+    return openmm.Platform.getPlatformByName(name)
+
+
 def create_context(system: openmm.System, integrator: openmm.Integrator, platform: str) -> openmm.Context:
     """A Context on the named platform.
 
@@ -207,15 +219,8 @@ def create_context(system: openmm.System, integrator: openmm.Integrator, platfor
     BackendError
         The platform is not there, or cannot run this System.
     """
-    if platform not in list_platforms():
-        raise BackendError(
-            "no such OpenMM platform here",
-            expected=f"one of {', '.join(list_platforms())}",
-            got=platform,
-            hint="`openmm-hvpcg doctor` says what to install",
-        )
+    chosen = find_platform(platform)
     try:
-        chosen = openmm.Platform.getPlatformByName(platform)
         return openmm.Context(system, integrator, chosen, platform_properties(platform))
     except openmm.OpenMMException as error:
         raise BackendError(f"platform {platform} cannot run this system ({error})") from error

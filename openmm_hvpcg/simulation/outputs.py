@@ -9,35 +9,44 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from openmm import app
 
 from openmm_hvpcg.errors import StudyError
+from openmm_hvpcg.simulation.copies import Snapshot
 from openmm_hvpcg.storage import atomic_path, explain_disk_errors
 from openmm_hvpcg.units import PS_PER_FS
 
 TOPOLOGY_NAME = "topology.pdb"
 ENERGIES_NAME = "energies.csv"
 CHECKPOINT_NAME = "checkpoint.npz"
+#: Before the name of an array in a checkpoint.
+_ARRAY = "array_"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State of a run: OpenMM's checkpoint, the step, the size of each output file, seconds spent so far."""
+    """State of a run: OpenMM's checkpoint, the step, the size of each output file, seconds spent so far.
+
+    ``arrays`` is what OpenMM's checkpoint does not hold.
+    """
 
     context: bytes
     step: int
     n_frames: int
     sizes: dict[str, int]
     wall_time_s: float
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint in place of the last one, whole or not at all."""
+    others: dict[str, Any] = {f"{_ARRAY}{name}": array for name, array in checkpoint.arrays.items()}
     with atomic_path(folder / CHECKPOINT_NAME) as temporary, open(temporary, "wb") as handle:
         np.savez(
             handle,
@@ -46,6 +55,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             files=np.array(list(checkpoint.sizes), dtype=np.str_),
             sizes=np.array(list(checkpoint.sizes.values()), dtype=np.int64),
             wall_time_s=np.float64(checkpoint.wall_time_s),
+            **others,
         )
 
 
@@ -64,7 +74,9 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         with np.load(path, allow_pickle=False) as content:
             step, n_frames = content["counts"].tolist()
             sizes = dict(zip(content["files"].tolist(), content["sizes"].tolist(), strict=True))
-            checkpoint = Checkpoint(content["context"].tobytes(), step, n_frames, sizes, float(content["wall_time_s"]))
+            arrays = {n.removeprefix(_ARRAY): content[n] for n in content.files if n.startswith(_ARRAY)}
+            wall_time_s = float(content["wall_time_s"])
+            checkpoint = Checkpoint(content["context"].tobytes(), step, n_frames, sizes, wall_time_s, arrays)
     except Exception as error:
         raise StudyError(
             f"the checkpoint is damaged ({error})", where=path, hint="remove the folder and run again"
@@ -95,6 +107,7 @@ class RunWriter:
     folder : exists
     topology : of one replica
     replicas, trajectory_format, save_every, timestep_fs : as in the settings
+    exchange : log the temperature (its index, coldest 0) and the energy of each replica as well
     """
 
     def __init__(
@@ -106,6 +119,7 @@ class RunWriter:
         trajectory_format: str,
         save_every: int,
         timestep_fs: float,
+        exchange: bool = False,
     ) -> None:
         self.folder = folder
         self.topology = topology
@@ -113,17 +127,19 @@ class RunWriter:
         self.names = trajectory_names(replicas, trajectory_format)
         self.save_every = save_every
         self.timestep_ps = timestep_fs * PS_PER_FS
+        self.exchange = exchange
         self.n_frames = 0
         self._frames: list[NDArray] = []
         self._rows: list[str] = []
 
     def start(self) -> None:
         """Begin anew: empty trajectories, an energy log with its header."""
-        temperatures = ",".join(f"temperature_K_{k:03d}" for k in range(self.replicas))
+        names = ["temperature_K", *(("state", "potential_energy_kJ_per_mol") if self.exchange else ())]
+        columns = ",".join(f"{name}_{k:03d}" for name in names for k in range(self.replicas))
         with explain_disk_errors(self.folder):
             for name in self.names:
                 (self.folder / name).unlink(missing_ok=True)
-            header = f"step,time_ps,potential_energy_kJ_per_mol,temperature_K,{temperatures}\n"
+            header = f"step,time_ps,potential_energy_kJ_per_mol,temperature_K,{columns}\n"
             (self.folder / ENERGIES_NAME).write_text(header, encoding="utf-8")
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -138,12 +154,17 @@ class RunWriter:
                 if name.endswith(".dcd"):
                     _set_dcd_frames(self.folder / name, checkpoint.n_frames)
 
-    def add(self, step: int, positions: NDArray, energy: float, temperatures: NDArray) -> None:
-        """Keep a frame, positions (K, B, 3) nm, each replica centred, for the next :meth:`flush`."""
+    def add(self, step: int, snapshot: Snapshot, temperatures: NDArray) -> None:
+        """Keep a frame, each replica centred, and kinetic temperatures (K,) for the next :meth:`flush`."""
+        positions = snapshot.positions
         self._frames.append((positions - positions.mean(axis=1, keepdims=True)).astype(np.float32))
-        per_replica = ",".join(f"{t:.2f}" for t in temperatures)
+        per_replica = [f"{t:.2f}" for t in temperatures]
+        if self.exchange and snapshot.states is not None:
+            per_replica += [str(s) for s in snapshot.states.tolist()]
+            per_replica += [f"{e:.4f}" for e in snapshot.energies]
+        total = snapshot.energies.sum()
         self._rows.append(
-            f"{step},{step * self.timestep_ps:.6g},{energy:.4f},{temperatures.mean():.2f},{per_replica}\n"
+            f"{step},{step * self.timestep_ps:.6g},{total:.4f},{temperatures.mean():.2f},{','.join(per_replica)}\n"
         )
 
     def flush(self) -> dict[str, int]:

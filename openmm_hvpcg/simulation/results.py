@@ -11,6 +11,7 @@ from typing import Any
 
 import mdtraj as md
 import numpy as np
+from numpy.typing import NDArray
 
 from openmm_hvpcg._version import __version__
 from openmm_hvpcg.errors import StudyError
@@ -36,6 +37,7 @@ class SimulationResult:
     steps_per_second, ns_per_day : the latter summed over replicas
     trajectories : file names, one a replica, beside ``topology.pdb``
     seed, potential_hash, settings, versions : what it takes to run it again
+    exchange : temperatures_K, acceptance (probability of swapping neighbours), n_swaps, round_trips; None without
     """
 
     stable: bool
@@ -56,6 +58,23 @@ class SimulationResult:
     trajectories: tuple[str, ...]
     settings: dict[str, Any]
     versions: dict[str, str]
+    exchange: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Which temperature each frame of a run with replica exchange was sampled at, and its energy.
+
+    Attributes
+    ----------
+    temperatures_K : coldest first
+    states : (K, T) index of the temperature of each frame of each replica
+    energies : (K, T) kJ/mol
+    """
+
+    temperatures_K: NDArray[np.float64]
+    states: NDArray[np.int64]
+    energies: NDArray[np.float64]
 
 
 def load_result(folder: PathLike) -> SimulationResult:
@@ -89,6 +108,23 @@ def load_run(folder: PathLike, topology: md.Topology) -> Frames:
         np.repeat(np.arange(len(replicas)), [r.n_frames for r in replicas]),
         result.settings["save_every"] * result.settings["timestep_fs"] * PS_PER_FS,
     )
+
+
+def load_ladder(folder: PathLike) -> Ladder | None:
+    """Temperatures and energies of the frames of a finished run; None without replica exchange."""
+    result, path = load_result(folder), Path(folder) / ENERGIES_NAME
+    if result.exchange is None:
+        return None
+    try:
+        log = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True))
+        columns = [f"{k:03d}" for k in range(result.replicas)]
+        states = np.array([log[f"state_{k}"] for k in columns]).astype(np.int64)
+        energies = np.array([log[f"potential_energy_kJ_per_mol_{k}"] for k in columns])
+    except (OSError, ValueError) as error:
+        raise StudyError(f"the energies cannot be read ({error})", where=path) from error
+    if states.shape[1] != result.n_frames or not np.isfinite(energies).all():
+        raise StudyError("the energies do not fit the frames", expected=f"{result.n_frames} complete lines", where=path)
+    return Ladder(np.array(result.exchange["temperatures_K"]), states, energies)
 
 
 def read_study(folder: Path, study: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""CG molecular dynamics: Langevin, all replicas in one System; resumes after a kill, stops on a blow-up."""
+"""CG molecular dynamics: Langevin, many replicas; resumes after a kill, stops on a blow-up."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from typing import Any
 import numpy as np
 import openmm
 from numpy.typing import NDArray
-from openmm import app, unit
+from openmm import app
 
 from openmm_hvpcg.config import SimulationSettings
 from openmm_hvpcg.cores import choose_torch_threads, use_torch_threads
-from openmm_hvpcg.errors import BackendError, InputError, StudyError, UnstableSimulationError
+from openmm_hvpcg.errors import BackendError, InputError, UnstableSimulationError
 from openmm_hvpcg.frames import check_finite
 from openmm_hvpcg.mapping import BeadMap
 from openmm_hvpcg.progress import track
-from openmm_hvpcg.simulation.backends import (
-    choose_platform,
-    create_context,
-    resolve_backend,
-)
+from openmm_hvpcg.simulation.backends import choose_platform, resolve_backend
+from openmm_hvpcg.simulation.copies import CopiesInOneSystem, Mover, Snapshot
+from openmm_hvpcg.simulation.exchange import TemperatureLadder, list_temperatures
 from openmm_hvpcg.simulation.outputs import (
     CHECKPOINT_NAME,
     TOPOLOGY_NAME,
@@ -48,11 +46,6 @@ from openmm_hvpcg.units import NS_PER_PS, PS_PER_FS, SECONDS_PER_DAY
 
 logger = logging.getLogger(__name__)
 
-#: Steps between looks at the replicas' health, at most.
-CHECK_STEPS = 100
-#: Calls after which TorchScript has settled: one or two profile it, the next optimises.
-WARM_UP_CALLS = 4
-
 
 def simulate(
     potential: CGPotential | PathLike,
@@ -65,20 +58,21 @@ def simulate(
     progress: bool = True,
     checkpoint_interval_s: float = 20.0,
 ) -> SimulationResult:
-    """Run ``settings.replicas`` independent copies and write them to the folder ``out``.
+    """Run ``settings.replicas`` copies and write them to the folder ``out``.
 
-    ``out`` gets ``topology.pdb``, one trajectory a replica (each frame centred on its centroid),
-    ``energies.csv`` (total potential energy; kinetic temperature of each replica), ``run.json`` (what is
-    being run) and, at the end, ``result.json``. Called again on a killed run it goes on from the last
-    checkpoint, on the Reference platform bit for bit as if nothing had happened; called again on a finished
-    one it returns the stored result.
+    They are independent and at one temperature, or, with ``settings.exchange``, at as many temperatures, which they
+    swap (:mod:`~openmm_hvpcg.simulation.exchange`). ``out`` gets ``topology.pdb``, one trajectory a replica (each
+    frame centred on its centroid), ``energies.csv`` (total potential energy; kinetic temperature of each replica; with
+    exchange its bath and its energy, too), ``run.json`` (what is being run) and, at the end, ``result.json``. Called
+    again on a killed run it goes on from the last checkpoint, on the Reference platform bit for bit as if nothing had
+    happened; called again on a finished one it returns the stored result.
 
     Parameters
     ----------
     potential : or the path of a potential file
     initial_positions : (n, B, 3) nm, frames to start from; the replicas take evenly spaced ones
     settings : the ``simulation`` section of a protocol
-    temperature_K : of the bath; the potential's own where None
+    temperature_K : of the bath, with exchange of the coldest; the potential's own where None
     topology : another molecule than the one the potential is bound to; see :meth:`CGPotential.createSystem`
     progress : show a progress bar
     checkpoint_interval_s : seconds of work that a kill may cost
@@ -86,7 +80,7 @@ def simulate(
     Raises
     ------
     InputError
-        The frames do not fit the molecule.
+        The frames do not fit the molecule; exchange without a temperature above ``temperature_K``.
     StudyError
         The folder holds a run of something else; what differs is named.
     BackendError
@@ -104,6 +98,7 @@ def simulate(
             temperature,
             potential.spec.temperature_K,
         )
+    temperatures = list_temperatures(settings, temperature)
     folder = Path(out)
     study = {
         "settings": settings.model_dump(),
@@ -116,11 +111,12 @@ def simulate(
     if (folder / RESULT_NAME).exists():
         return _return_stored(folder)
     backend = resolve_backend(settings.backend) if stored is None else stored["backend"]
-    system = potential.createSystem(topology, settings.replicas, backend, settings.priors)
+    copies = settings.replicas if settings.exchange is None else 1
+    system = potential.createSystem(topology, copies, backend, settings.priors)
     one_replica = potential.createTopology(topology)
     if stored is None:
-        stored = _prepare_folder(folder, study, system, starts, molecule, backend)
-    plan = _Plan(folder, stored, settings, molecule, one_replica, system, starts)
+        stored = _prepare_folder(folder, study, system, starts, molecule, backend, copies)
+    plan = _Plan(folder, stored, settings, molecule, one_replica, system, starts, temperatures)
     with use_torch_threads(stored["torch_threads"]):
         return _Run(plan, checkpoint_interval_s).run(progress)
 
@@ -152,15 +148,16 @@ def _prepare_folder(
     starts: NDArray[np.float64],
     molecule: BeadMap,
     backend: str,
+    copies: int,
 ) -> dict[str, Any]:
     """Decide how to run; write ``topology.pdb`` and, last, ``run.json``, which makes the folder ours."""
     settings = study["settings"]
     replicas, n_beads = starts.shape[:2]
     check_free_space(folder, (settings["n_steps"] // settings["save_every"]) * replicas * n_beads * 12)
-    threads, timestep_ps = choose_torch_threads(n_beads, replicas), settings["timestep_fs"] * PS_PER_FS
+    threads, timestep_ps = choose_torch_threads(n_beads, copies), settings["timestep_fs"] * PS_PER_FS
     with use_torch_threads(threads):
         choice = choose_platform(
-            system, starts.reshape(-1, 3), settings["platform"], timestep_ps, study["temperature_K"]
+            system, starts[:copies].reshape(-1, 3), settings["platform"], timestep_ps, study["temperature_K"]
         )
     stored = {
         "study": study,
@@ -185,6 +182,7 @@ class _Plan:
     topology: app.Topology
     system: openmm.System
     starts: NDArray[np.float64]
+    temperatures_K: NDArray[np.float64]
 
 
 class _Run:
@@ -195,7 +193,7 @@ class _Run:
         self.molecule = plan.molecule
         self.temperature: float = plan.stored["study"]["temperature_K"]
         self.checkpoint_interval_s = checkpoint_interval_s
-        self.limits = build_limits(plan.starts, plan.molecule.bonds, self.temperature)
+        self.limits = build_limits(plan.starts, plan.molecule.bonds, float(plan.temperatures_K[-1]))
         self.writer = RunWriter(
             plan.folder,
             plan.topology,
@@ -203,51 +201,27 @@ class _Run:
             trajectory_format=self.settings.trajectory_format,
             save_every=self.settings.save_every,
             timestep_fs=self.settings.timestep_fs,
+            exchange=self.settings.exchange is not None,
         )
         checkpoint = load_checkpoint(self.folder)
         self.step = 0 if checkpoint is None else checkpoint.step
         self.wall_before = 0.0 if checkpoint is None else checkpoint.wall_time_s
-        self.context = self._create_context(plan)
+        self.mover = self._build_mover(plan)
         if checkpoint is None:
             self.writer.start()
-            self.context.setPositions(plan.starts.reshape(-1, 3))
-            self.context.setVelocitiesToTemperature(self.temperature, self._derive_seed(1))
+            self.mover.start(self.step)
         else:
             logger.info("%s: going on from step %d", self.folder, self.step)
             self.writer.resume(checkpoint)
-            self._load(checkpoint)
+            self.mover.load(checkpoint.context, checkpoint.arrays, self.folder)
 
-    def _derive_seed(self, purpose: int) -> int:
-        """A seed for OpenMM, never its "choose one" 0.
-
-        It changes with the step a run resumes from: platforms other than Reference restart their noise there.
-        """
-        entropy = [self.settings.seed, purpose, self.step]
-        return int(np.random.SeedSequence(entropy).generate_state(1)[0] % (2**31 - 2)) + 1
-
-    def _create_context(self, plan: _Plan) -> openmm.Context:
-        integrator = openmm.LangevinMiddleIntegrator(
-            self.temperature, self.settings.friction_per_ps, self.settings.timestep_fs * PS_PER_FS
+    def _build_mover(self, plan: _Plan) -> Mover:
+        platform = self.stored["platform"]
+        if self.settings.exchange is None:
+            return CopiesInOneSystem(plan.system, plan.starts, self.settings, self.temperature, platform, self.step)
+        return TemperatureLadder(
+            plan.system, plan.topology, plan.starts, self.settings, plan.temperatures_K, platform, self.step
         )
-        integrator.setRandomNumberSeed(self._derive_seed(0))
-        context = create_context(plan.system, integrator, self.stored["platform"])
-        # TorchScript rewrites itself during its first calls, which changes the last bits of its forces. Let
-        # that happen before the first step, so that a resumed run goes on with the code it was killed in.
-        context.setPositions(plan.starts.reshape(-1, 3))
-        for _ in range(WARM_UP_CALLS):
-            context.getState(forces=True)
-            context.getState(energy=True)
-        return context
-
-    def _load(self, checkpoint: Checkpoint) -> None:
-        try:
-            self.context.loadCheckpoint(checkpoint.context)
-        except openmm.OpenMMException as error:
-            raise StudyError(
-                f"this OpenMM cannot read the checkpoint ({error})",
-                where=self.folder,
-                hint="resume on the machine it was written on, or remove the folder",
-            ) from error
 
     def run(self, progress: bool) -> SimulationResult:
         settings = self.settings
@@ -268,29 +242,29 @@ class _Run:
     def _advance(self) -> None:
         """Integrate to the next look at the replicas; keep a frame where one is due."""
         every = self.settings.save_every
-        n_steps = min(CHECK_STEPS, every - self.step % every, self.settings.n_steps - self.step)
+        n_steps = min(self.mover.stretch, every - self.step % every, self.settings.n_steps - self.step)
         try:
-            self.context.getIntegrator().step(n_steps)
-            state = self.context.getState(positions=True, velocities=True, energy=True)
+            snapshot = self.mover.advance(n_steps)
         except openmm.OpenMMException as error:
             if "NaN" in str(error):
                 self._stop(self.step + n_steps, None, str(error))
             raise BackendError(
                 f"OpenMM stopped after step {self.step} ({str(error).splitlines()[0]})", where=self.folder
             ) from error
-        shape = (self.settings.replicas, self.molecule.n_beads, 3)
-        positions = state.getPositions(asNumpy=True).value_in_unit(unit.nanometer).reshape(shape)
-        velocities = state.getVelocities(asNumpy=True)
-        velocities = velocities.value_in_unit(unit.nanometer / unit.picosecond).reshape(shape)
-        energy = state.getPotentialEnergy().value_in_unit(unit.kilojoule_per_mole)
-        with np.errstate(over="ignore", invalid="ignore"):
-            temperatures = compute_temperatures(velocities, self.molecule.masses)
-            found = find_blow_up(positions, temperatures, energy, self.molecule.bonds, self.limits)
-        if found is not None:
-            self._stop(self.step + n_steps, *found)
+        temperatures = self._check(snapshot, self.step + n_steps)
         self.step += n_steps
         if self.step % every == 0:
-            self.writer.add(self.step, positions, energy, temperatures)
+            self.writer.add(self.step, snapshot, temperatures)
+
+    def _check(self, snapshot: Snapshot, step: int) -> NDArray[np.float64]:
+        """Kinetic temperatures (K,) of the replicas; stops the run where one blew up."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            temperatures = compute_temperatures(snapshot.velocities, self.molecule.masses)
+            energy = float(snapshot.energies.sum())
+            found = find_blow_up(snapshot.positions, temperatures, energy, self.molecule.bonds, self.limits)
+        if found is not None:
+            self._stop(step, *found)
+        return temperatures
 
     def _stop(self, step: int, replica: int | None, what: str) -> None:
         who = "a replica" if replica is None else f"replica {replica}"
@@ -305,8 +279,8 @@ class _Run:
     def _checkpoint(self) -> None:
         sizes = self.writer.flush()
         wall = self.wall_before + time.perf_counter() - self.started
-        content = self.context.createCheckpoint()
-        save_checkpoint(self.folder, Checkpoint(content, self.step, self.writer.n_frames, sizes, wall))
+        content, arrays = self.mover.dump()
+        save_checkpoint(self.folder, Checkpoint(content, self.step, self.writer.n_frames, sizes, wall, arrays))
 
     def _simulated_ns(self, n_steps: int) -> float:
         return n_steps * self.settings.replicas * self.settings.timestep_fs * PS_PER_FS * NS_PER_PS
@@ -338,6 +312,7 @@ class _Run:
             ),
             settings=self.stored["study"]["settings"],
             versions=collect_versions(),
+            exchange=self.mover.describe(),
         )
         write_json(self.folder / RESULT_NAME, asdict(result))
         (self.folder / CHECKPOINT_NAME).unlink(missing_ok=True)

@@ -10,15 +10,19 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel
 
+from openmm_hvpcg.atomistic.gromacs_includes import find_includes
 from openmm_hvpcg.config import (
+    INPUT_BEFORE,
     LABELS_BEFORE,
+    PRIORS_BEFORE,
     REFERENCE_BEFORE,
     TRAINING_BEFORE,
+    TRAINING_FREE,
     MoleculeSettings,
     Protocol,
     ReferenceSettings,
@@ -29,6 +33,9 @@ from openmm_hvpcg.config import (
 from openmm_hvpcg.errors import HVPCGError, StudyError
 from openmm_hvpcg.storage import PathLike, explain_disk_errors, hash_file, write_json, write_text
 
+if TYPE_CHECKING:
+    from openmm_hvpcg.study.cluster import Cluster
+
 CONFIG_NAME = "config.resolved.yaml"
 LOG_NAME = "log.txt"
 LOCK_NAME = ".lock"
@@ -37,13 +44,15 @@ RECORDS = "stages"
 FILE = "file "
 
 #: Settings that say where and how fast, not what: changing them keeps the results.
-WITHOUT_EFFECT = {"platform", "workers", "accelerator"}
+WITHOUT_EFFECT = {"platform", "workers", "walkers_in", "accelerator"}
 #: Settings younger than version 0.1.0, and what was done before there was a choice: records of older runs lack them.
 BEFORE = {
     "sampling.flexible_beads": False,
     "mapping.ends": False,
+    "simulation.exchange": None,
     **{f"labels.{key}": value for key, value in LABELS_BEFORE.items()},
     **{f"reference.{key}": value for key, value in REFERENCE_BEFORE.items()},
+    **{f"priors.{key}": value for key, value in PRIORS_BEFORE.items()},
     **{f"training.{key}": value for key, value in TRAINING_BEFORE.items()},
 }
 
@@ -59,6 +68,7 @@ class Study:
     out : the output folder
     progress : show progress bars
     cache : all-atom systems built so far in this process
+    cluster : where the units of a stage are done; None: one after the other in this process
     """
 
     protocol: Protocol
@@ -66,6 +76,7 @@ class Study:
     out: Path
     progress: bool = True
     cache: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    cluster: Cluster | None = field(default=None, repr=False, compare=False)
 
     def frames_path(self, molecule: str) -> Path:
         return self.out / "frames" / f"{molecule}.zarr"
@@ -120,13 +131,14 @@ class Study:
         p = self.protocol
         if stage == "sample":
             molecule = next(m for m in p.molecules if m.name == unit)
+            # Which bonds are flexible, and which frames are alike.
+            depends_on_beads = p.sampling.flexible_beads or molecule.input.trajectory_choice == "cluster"
             return {
                 "temperature_K": p.temperature_K,
                 **_flatten(f"{unit}.input", molecule.input),
                 **self._hash_inputs(molecule),
                 **_flatten("sampling", p.sampling),
-                # Which bonds are flexible depends on the beads.
-                **(self._describe_mapping() if p.sampling.flexible_beads else {}),
+                **(self._describe_mapping() if depends_on_beads else {}),
             }
         if stage == "label":
             own = _flatten("labels", p.labels)
@@ -136,8 +148,10 @@ class Study:
             return {**self.describe_unit("sample", unit), **self._describe_mapping(), **own}
         if stage == "train":
             training, model = resolve_arm(p, unit)
-            own = {**_flatten("priors", p.priors), **_flatten("training", training), **_flatten("model", model)}
-            own.pop("training.arms", None)
+            priors = p.priors.limit_to(len(self.trained))
+            own = {**_flatten("priors", priors), **_flatten("training", training), **_flatten("model", model)}
+            for key in ("arms", *TRAINING_FREE):
+                own.pop(f"training.{key}", None)
             before: dict[str, Any] = {}
             for molecule in self.trained:
                 before |= self.describe_unit("label", molecule.name)
@@ -173,7 +187,11 @@ class Study:
 
     def _hash_inputs(self, molecule: MoleculeSettings) -> dict[str, Any]:
         """Hashes of the files a molecule is built from."""
-        return {f"{FILE}{name}": _hash(self.base / name) for name in molecule.input.list_files()}
+        names = molecule.input.list_files()
+        top, folder = molecule.input.top, molecule.input.include_folder
+        if top is not None:
+            names += [str(p) for p in find_includes(self.base / top, None if folder is None else self.base / folder)]
+        return {f"{FILE}{_shorten(self.base, name)}": _hash(self.base / name) for name in names}
 
     def find_output(self, stage: str, unit: str, *, begun: bool = False) -> Path:
         """The file or folder that is there once a unit is finished, or as soon as it has ``begun``."""
@@ -218,7 +236,8 @@ class Study:
         if found is None or not self.find_output(stage, unit, begun=True).exists():
             return []
         new = self.describe_unit(stage, unit)
-        old = {**BEFORE, **read_record(found)}
+        before = {f"{m.name}.input.{k}": v for m in self.protocol.molecules for k, v in INPUT_BEFORE.items()}
+        old = {**BEFORE, **before, **read_record(found)}
         if stage == "reference" and self.protocol.reference is None:
             # Nothing is asked of a reference that there is.
             new = {k: v for k, v in new.items() if not k.startswith("reference.")}
@@ -358,6 +377,11 @@ def _name_folder(study: Study, stage: str, unit: str) -> Path:
     """What to delete to make a unit again, relative to the study."""
     output = study.find_output(stage, unit)
     return (output if stage in ("sample", "label", "reference") else output.parent).relative_to(study.out)
+
+
+def _shorten(base: Path, name: str) -> str:
+    """A name relative to ``base`` where it lies below it, so that a study can be moved."""
+    return str(Path(name).relative_to(base)) if Path(name).is_absolute() and Path(name).is_relative_to(base) else name
 
 
 def _explain_change(key: str, old: Any, new: Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import mdtraj as md
 import numpy as np
 
 from openmm_hvpcg.atomistic.flexible import warn_of_fast_bonds
-from openmm_hvpcg.atomistic.sampling import sample_frames
+from openmm_hvpcg.atomistic.frame_choice import FrameChoice
+from openmm_hvpcg.atomistic.sampling import sample_frames, sample_walker
 from openmm_hvpcg.atomistic.systems import AtomisticSystem, build_atomistic_system
 from openmm_hvpcg.atomistic.trajectories import import_trajectory
-from openmm_hvpcg.config import MoleculeSettings, resolve_arm
+from openmm_hvpcg.config import LabelSettings, resolve_arm
 from openmm_hvpcg.errors import HVPCGError, MappingError, StudyError, UnstableSimulationError
 from openmm_hvpcg.frames import Frames, FramesStore, load_frames
-from openmm_hvpcg.mapping import BeadMap, build_bead_map
+from openmm_hvpcg.mapping import BeadMap, build_bead_map, check_species
 from openmm_hvpcg.simulation import load_result, simulate
 from openmm_hvpcg.storage import write_json
 from openmm_hvpcg.study.evaluating import evaluate_study, read_evaluation
@@ -30,7 +32,7 @@ from openmm_hvpcg.training.export import export_potential
 from openmm_hvpcg.training.fit import fit_potential, load_fit
 from openmm_hvpcg.training.labels.force_maps import build_force_map
 from openmm_hvpcg.training.labels.held import find_held_atoms
-from openmm_hvpcg.training.labels.label import label_frames
+from openmm_hvpcg.training.labels.label import label_chunks, label_frames
 from openmm_hvpcg.training.labels.oracle import find_active_atoms, find_rigid_clusters
 from openmm_hvpcg.training.reference import compute_reference, load_reference
 
@@ -86,61 +88,91 @@ def _run_stage(study: Study, stage: str) -> Any:
 
 def _sample(study: Study) -> None:
     _check_inputs(study)
-    for molecule in _each_molecule(study, "sample", study.protocol.molecules):
-        system = _build_system(study, molecule.name)
-        path = study.frames_path(molecule.name)
-        if molecule.input.trajectory is None:
-            warn_of_fast_bonds(system, study.protocol.sampling.timestep_fs)
-            sample_frames(system, study.protocol.sampling, path, progress=study.progress)
-        else:
-            import_trajectory(
-                system,
-                [study.base / f for f in molecule.input.trajectory],
-                path,
-                interval_ps=molecule.input.trajectory_interval_ps,
-                temperature_K=study.protocol.temperature_K,
-            )
+    _do_units(study, "sample")
+
+
+def _sample_molecule(study: Study, name: str) -> None:
+    molecule = next(m for m in study.protocol.molecules if m.name == name)
+    system = _build_system(study, name)
+    path = study.frames_path(name)
+    if molecule.input.trajectory is None:
+        warn_of_fast_bonds(system, study.protocol.sampling.timestep_fs)
+        sample_frames(system, study.protocol.sampling, path, progress=study.progress)
+    else:
+        import_trajectory(
+            system,
+            [study.base / f for f in molecule.input.trajectory],
+            path,
+            interval_ps=molecule.input.trajectory_interval_ps,
+            temperature_K=study.protocol.temperature_K,
+            choice=FrameChoice(
+                molecule.input.trajectory_stride,
+                molecule.input.trajectory_frames,
+                molecule.input.trajectory_choice,
+                study.protocol.sampling.seed,
+                _make_map(study, name, system.topology),
+            ),
+        )
+
+
+def _sample_part(study: Study, name: str, walkers: Sequence[int]) -> list[int]:
+    """Make the frames of some walkers; returns the walkers that are to do."""
+    if next(m for m in study.protocol.molecules if m.name == name).input.trajectory is not None:
+        return []
+    todo: list[int] = []
+    for walker in walkers or (None,):
+        todo = sample_walker(_build_system(study, name), study.protocol.sampling, study.frames_path(name), walker)
+    return todo
 
 
 def _label(study: Study) -> None:
-    for molecule in _each_molecule(study, "label", study.trained):
-        frames = _load_frames(study, molecule.name)
-        system = _build_system(study, molecule.name)
-        _check_same_system(study, system, frames)
-        if study.protocol.labels.averaging is not None:
-            warn_of_fast_bonds(system, study.protocol.labels.averaging.timestep_fs)
-        label_frames(
-            system,
-            frames,
-            _build_map(study, molecule.name),
-            study.protocol.labels,
-            study.dataset_path(molecule.name),
-            progress=study.progress,
-        )
+    _do_units(study, "label")
+
+
+def _label_molecule(study: Study, name: str) -> None:
+    if study.protocol.labels.averaging is not None:
+        warn_of_fast_bonds(_build_system(study, name), study.protocol.labels.averaging.timestep_fs)
+    label_frames(*_collect_label_inputs(study, name), progress=study.progress)
+
+
+def _label_part(study: Study, name: str, chunks: Sequence[int]) -> list[int]:
+    """Label some chunks; returns the chunks that are to do."""
+    return label_chunks(*_collect_label_inputs(study, name), chunks, progress=False)
+
+
+def _collect_label_inputs(study: Study, name: str) -> tuple[AtomisticSystem, Frames, BeadMap, LabelSettings, Path]:
+    frames = _load_frames(study, name)
+    system = _build_system(study, name)
+    _check_same_system(study, system, frames)
+    return system, frames, _build_map(study, name), study.protocol.labels, study.dataset_path(name)
 
 
 def _reference(study: Study) -> None:
-    for molecule in _each_molecule(study, "reference", study.judged):
-        frames = _load_frames(study, molecule.name)
-        system = _build_system(study, molecule.name)
-        _check_same_system(study, system, frames)
-        bead_map = _build_map(study, molecule.name)
-        find_held_atoms(system, bead_map)
-        warn_of_fast_bonds(system, study.reference_settings.timestep_fs)
-        compute_reference(
-            system,
-            frames,
-            bead_map,
-            study.reference_settings,
-            study.reference_path(molecule.name),
-            progress=study.progress,
-        )
+    _do_units(study, "reference")
+
+
+def _reference_molecule(study: Study, name: str) -> None:
+    frames = _load_frames(study, name)
+    system = _build_system(study, name)
+    _check_same_system(study, system, frames)
+    bead_map = _build_map(study, name)
+    find_held_atoms(system, bead_map)
+    warn_of_fast_bonds(system, study.reference_settings.timestep_fs)
+    compute_reference(
+        system,
+        frames,
+        bead_map,
+        study.reference_settings,
+        study.reference_path(name),
+        progress=study.progress,
+    )
 
 
 def _train(study: Study) -> None:
     for arm in _each_unit(study, "train", study.arms):
         training, model = resolve_arm(study.protocol, arm)
-        datasets = [_load_labels(study, m.name) for m in study.trained]
+        stream = training.memory_gb is not None
+        datasets = [_load_labels(study, m.name, stream) for m in study.trained]
         result = fit_potential(
             datasets, training, model, study.protocol.priors, study.model_folder(arm), arm=arm, progress=study.progress
         )
@@ -164,7 +196,7 @@ def _export(study: Study) -> None:
     for arm in _each_unit(study, "export", study.arms):
         _require(study, "train", arm)
         fit = load_fit(study.model_folder(arm))
-        frames = _load_labels(study, study.trained[0].name).positions
+        frames = np.asarray(_load_labels(study, study.trained[0].name, stream=True).positions)
         check = export_potential(fit.network, fit.spec, study.potential_path(arm), frames)
         write_json(
             study.model_folder(arm) / "check.json",
@@ -185,34 +217,38 @@ def _evaluate(study: Study) -> dict[str, Any] | None:
 
 
 def _simulate(study: Study) -> None:
-    for unit in _each_unit(study, "simulate", study.list_units("simulate")):
-        arm, molecule = unit.split("/")
-        _require(study, "export", arm)
-        bead_map = _build_map(study, molecule)
-        starts = bead_map.map_positions(_load_frames(study, molecule).positions)
-        try:
-            result = simulate(
-                study.potential_path(arm),
-                starts,
-                study.protocol.simulation,
-                study.run_folder(arm, molecule),
-                temperature_K=study.protocol.temperature_K,
-                topology=bead_map,
-                progress=study.progress,
-            )
-        except UnstableSimulationError as error:
-            logger.error("%s: %s", unit, error)
-            continue
-        logger.info(
-            "%s: %.2g ns in all, %.0f steps/s with %d replicas (%s, %s)",
-            unit,
-            result.simulated_ns,
-            result.steps_per_second,
-            result.replicas,
-            result.backend,
-            result.platform,
-        )
+    _do_units(study, "simulate")
     check_stable(study)
+
+
+def _simulate_unit(study: Study, unit: str) -> None:
+    arm, molecule = unit.split("/")
+    _require(study, "export", arm)
+    bead_map = _build_map(study, molecule)
+    starts = bead_map.map_positions(_load_frames(study, molecule).positions)
+    try:
+        result = simulate(
+            study.potential_path(arm),
+            starts,
+            study.protocol.simulation,
+            study.run_folder(arm, molecule),
+            temperature_K=study.protocol.temperature_K,
+            topology=bead_map,
+            progress=study.progress,
+        )
+    except UnstableSimulationError as error:
+        # The result says so too; the other simulations go on.
+        logger.error("%s: %s", unit, error)
+        return
+    logger.info(
+        "%s: %.2g ns in all, %.0f steps/s with %d replicas (%s, %s)",
+        unit,
+        result.simulated_ns,
+        result.steps_per_second,
+        result.replicas,
+        result.backend,
+        result.platform,
+    )
 
 
 def _compare(study: Study) -> dict[str, Any]:
@@ -235,21 +271,63 @@ STAGES: dict[str, Callable[[Study], Any]] = {
 }
 
 
-def _each_unit(study: Study, stage: str, units: list[str]) -> Iterator[str]:
-    """The units still to do; each is marked done when the loop comes back for the next, errors name it."""
-    for unit in units:
-        if study.is_done(stage, unit):
-            logger.info("%s %s: done already, skipped", stage, unit)
-            continue
+@dataclass(frozen=True)
+class UnitWork:
+    """What is done for one unit of a stage, here or by a worker of a cluster.
+
+    Attributes
+    ----------
+    whole : does the unit, or what is left of it
+    part : does some parts of it, where there are any, for ``whole`` to finish; given none, it only begins. Returns the
+        parts that are to do
+    share : parts of one task; None: so many that every worker gets a few tasks
+    """
+
+    whole: Callable[[Study, str], None]
+    part: Callable[[Study, str, Sequence[int]], list[int]] | None = None
+    share: int | None = None
+
+
+#: Stages whose units do not depend on one another.
+UNIT_WORK = {
+    "sample": UnitWork(_sample_molecule, _sample_part, share=1),
+    "label": UnitWork(_label_molecule, _label_part),
+    "reference": UnitWork(_reference_molecule),
+    "simulate": UnitWork(_simulate_unit),
+}
+
+
+def _do_units(study: Study, stage: str) -> None:
+    """Do the units of a stage one after the other, or at once on a cluster."""
+    units = study.list_units(stage)
+    if study.cluster is None:
+        for unit in _each_unit(study, stage, units):
+            UNIT_WORK[stage].whole(study, unit)
+        return
+    left = [unit for unit in units if not _skip(study, stage, unit)]
+    for unit in left:
         study.mark_begun(stage, unit)
-        yield unit
+        if stage != "sample":
+            # Here, so that no two workers write the map of one molecule.
+            _build_map(study, unit.split("/")[-1])
+    for unit in study.cluster.map_units(study, stage, left, UNIT_WORK[stage]):
         study.mark_done(stage, unit)
 
 
-def _each_molecule(study: Study, stage: str, molecules: list[MoleculeSettings]) -> Iterator[MoleculeSettings]:
-    by_name = {m.name: m for m in molecules}
-    for name in _each_unit(study, stage, list(by_name)):
-        yield by_name[name]
+def _each_unit(study: Study, stage: str, units: list[str]) -> Iterator[str]:
+    """The units still to do; each is marked done when the loop comes back for the next, errors name it."""
+    for unit in units:
+        if not _skip(study, stage, unit):
+            study.mark_begun(stage, unit)
+            yield unit
+            study.mark_done(stage, unit)
+
+
+def _skip(study: Study, stage: str, unit: str) -> bool:
+    done = study.is_done(stage, unit)
+    if done:
+        logger.info("%s %s: done already, skipped", stage, unit)
+    return done
 
 
 def _build_system(study: Study, molecule: str) -> AtomisticSystem:
@@ -281,11 +359,16 @@ def _check_same_system(study: Study, system: AtomisticSystem, frames: Frames) ->
 
 def _check_inputs(study: Study) -> None:
     """Build every molecule that is still to sample, and its maps: what is wrong shows before hours of sampling."""
+    maps: dict[str, BeadMap] = {}
+    if all(study.is_done("sample", m.name) for m in study.protocol.molecules):
+        return
     for molecule in study.protocol.molecules:
         if study.is_done("sample", molecule.name):
+            topology = FramesStore.open(study.frames_path(molecule.name)).topology
+            maps[molecule.name] = _make_map(study, molecule.name, topology)
             continue
         system = _build_system(study, molecule.name)
-        bead_map = _make_map(study, molecule.name, system.topology)
+        bead_map = maps[molecule.name] = _make_map(study, molecule.name, system.topology)
         if (study.protocol.reference is not None and molecule in study.judged) or (
             study.protocol.labels.averaging is not None and molecule in study.trained
         ):
@@ -302,6 +385,7 @@ def _check_inputs(study: Study) -> None:
             )
         except MappingError as error:
             raise MappingError(str(error), where=f"molecule {molecule.name}") from error
+    check_species(maps, [m.name for m in study.trained])
 
 
 def _require(study: Study, stage: str, unit: str) -> None:
@@ -314,9 +398,9 @@ def _load_frames(study: Study, molecule: str) -> Frames:
     return load_frames(study.frames_path(molecule))
 
 
-def _load_labels(study: Study, molecule: str) -> LabelledFrames:
+def _load_labels(study: Study, molecule: str, stream: bool = False) -> LabelledFrames:
     _require(study, "label", molecule)
-    return load_dataset(study.dataset_path(molecule), _build_map(study, molecule))
+    return load_dataset(study.dataset_path(molecule), _build_map(study, molecule), stream=stream)
 
 
 def _make_map(study: Study, molecule: str, topology: md.Topology) -> BeadMap:

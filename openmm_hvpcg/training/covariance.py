@@ -8,6 +8,7 @@ by regions of the soft coordinates, it is nearly free of noise, at the price of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,8 @@ SHRINKAGE_FRAMES = 50.0
 FRAMES_PER_COEFFICIENT = 10
 #: Regions overlap by this many times their mean square radius.
 OVERLAP = 2.0
+#: Frames whitened at once.
+CHUNK_FRAMES = 256
 #: Share of the mean variance added before inverting: what the model cannot fit anyway.
 WHITENING_FLOOR = 0.1
 
@@ -99,6 +102,11 @@ def compute_soft_features(positions: Tensor) -> Tensor:
     return torch.cat(features, dim=1)
 
 
+def count_soft_features(n_beads: int) -> int:
+    """How many numbers :func:`compute_soft_features` gives of a frame."""
+    return n_beads * (n_beads - 1) // 2 + (2 * (n_beads - 3) if n_beads >= 4 else 0)
+
+
 class PooledCovariance:
     """Covariance of forces at fixed beads, as a weighted mean over regions of its value in local axes.
 
@@ -154,20 +162,41 @@ class PooledCovariance:
             product += weight[:, None, None] * (local @ region)
         return torch.einsum("tbix,tpbi->tpbx", axes, product.reshape(probes.shape)).to(probes.dtype)
 
-    def whiten(self, positions: Tensor) -> Tensor:
+    def whiten(self, positions: Tensor, out: Tensor | None = None, release: Callable[[], None] | None = None) -> Tensor:
         """``(C / c + floor)^(-1/2)`` (T, 3B, 3B) in the frames' own axes, c the mean variance, mean diagonal of its
-        square 1: residuals times it have noise of about equal size and without correlation."""
-        x = positions.double()
+        square 1: residuals times it have noise of about equal size and without correlation.
+
+        It is written to ``out``, where that is given, chunk by chunk, with ``release`` called after each.
+        """
+        n_frames, size = len(positions), self.regions.shape[1]
+        out = positions.new_empty(n_frames, size, size) if out is None else out
+        chunks = [slice(start, start + CHUNK_FRAMES) for start in range(0, n_frames, CHUNK_FRAMES)]
+        diagonals = self.regions.diagonal(dim1=1, dim2=2)
+        variance, square = 0.0, 0.0
+        for rows in chunks:
+            weights = self._weigh(compute_soft_features(positions[rows].double()))
+            variance += float((weights @ diagonals).sum()) / (n_frames * size)
+        for rows in chunks:
+            out[rows] = self._compute_roots(positions[rows].double(), variance).to(out.dtype)
+            square += float((out[rows].double() ** 2).sum()) / (n_frames * size)
+            if release is not None:
+                release()
+        for rows in chunks:
+            out[rows] /= square**0.5
+            if release is not None:
+                release()
+        return out
+
+    def _compute_roots(self, x: Tensor, variance: float) -> Tensor:
+        """``(C / variance + floor)^(-1/2)`` (F, 3B, 3B) in the axes of frames (F, B, 3)."""
         axes, weights = self.axes(x), self._weigh(compute_soft_features(x))
         n_beads = x.shape[1]
         local = torch.einsum("tk,kij->tij", weights, self.regions)
-        mean = local.diagonal(dim1=1, dim2=2).mean()
-        values, vectors = torch.linalg.eigh(local / mean + WHITENING_FLOOR * torch.eye(3 * n_beads, dtype=x.dtype))
-        values = values * (1.0 / values).mean()
+        values, vectors = torch.linalg.eigh(local / variance + WHITENING_FLOOR * torch.eye(3 * n_beads, dtype=x.dtype))
         root = (vectors * values[:, None].rsqrt()) @ vectors.transpose(1, 2)
         blocks = root.reshape(-1, n_beads, 3, n_beads, 3)
         turned = torch.einsum("tbix,tbicj,tcjy->tbxcy", axes, blocks, axes)
-        return turned.reshape(-1, 3 * n_beads, 3 * n_beads).to(positions.dtype)
+        return turned.reshape(-1, 3 * n_beads, 3 * n_beads)
 
     def _weigh(self, features: Tensor) -> Tensor:
         """Share (F, K) of each region in frames with these soft features (F, n)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,49 @@ from numpy.typing import NDArray
 from openmm_hvpcg.errors import DataError, MappingError
 from openmm_hvpcg.frames import find_not_finite
 from openmm_hvpcg.mapping import BeadMap
-from openmm_hvpcg.storage import PathLike, compute_hash, open_store, read_array
+from openmm_hvpcg.storage import StoreLike, compute_hash, open_store, read_array, split_rows
 
 FORMAT_VERSION = 1
 KIND = "labels"
 
 
+class StoredArray:
+    """An array that stays in its zarr store: what is asked for is read, by slices, numbers or lists of rows.
+
+    Parameters
+    ----------
+    array : the zarr array
+    where : its store, for messages
+    """
+
+    def __init__(self, array: Any, where: object) -> None:
+        self._array, self._where = array, where
+        self.shape: tuple[int, ...] = tuple(array.shape)
+        self.dtype: np.dtype[Any] = array.dtype
+        self.ndim: int = array.ndim
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> NDArray[Any]:
+        try:
+            return np.asarray(self._array.oindex[rows] if isinstance(rows, np.ndarray) else self._array[rows])
+        except Exception as error:  # of zarr, its codecs, or the place where the store lies
+            raise DataError(
+                f"array {self._array.basename!r} is damaged or out of reach ({error})",
+                where=self._where,
+                hint="check the connection, or make the file again",
+            ) from error
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self[...], dtype=dtype)
+
+
 @dataclass(frozen=True)
 class LabelledFrames:
     """Labels of one molecule.
+
+    The arrays may be of another kind that numpy can index, such as :class:`StoredArray`.
 
     Attributes
     ----------
@@ -62,7 +96,7 @@ class LabelledFrames:
         for name in ("probes", "hvps", *averaged):
             _check_shape(name, getattr(self, name), (n_frames, n_probes, n_beads, 3), self.name)
         for name in ("positions", "forces", "probes", "hvps", *averaged):
-            bad = find_not_finite(getattr(self, name))
+            bad = _find_not_finite(getattr(self, name))
             if bad is not None:
                 raise DataError(
                     f"{name} hold NaN or infinity, first in frame {bad}",
@@ -92,14 +126,30 @@ class LabelledFrames:
         per_frame += [] if self.covariances is None else ["covariances"]
         return replace(self, **{name: getattr(self, name)[frames] for name in per_frame})
 
+    def thin(self, n_frames: int | None) -> LabelledFrames:
+        """At most so many of the frames (None: all), evenly spaced over those of each walker.
 
-def load_dataset(path: PathLike, bead_map: BeadMap | None = None) -> LabelledFrames:
+        Raises
+        ------
+        DataError
+            There are more walkers than frames wanted.
+        """
+        if n_frames is None or n_frames >= self.n_frames:
+            return self
+        return self.select(choose_evenly(self.walker, n_frames, self.name))
+
+
+def load_dataset(
+    path: StoreLike, bead_map: BeadMap | None = None, *, stream: bool = False, name: str | None = None
+) -> LabelledFrames:
     """Read a finished dataset.
 
     Parameters
     ----------
-    path : the dataset
+    path : the dataset: a path, a URL that fsspec knows such as ``s3://bucket/name.zarr``, or a zarr store
     bead_map : the map it has to be of; None accepts any
+    stream : leave the arrays where they are, and read of them what is needed; they are read once here to be checked
+    name : the molecule; None: the name of the file
 
     Raises
     ------
@@ -132,12 +182,48 @@ def load_dataset(path: PathLike, bead_map: BeadMap | None = None) -> LabelledFra
             where=path,
             hint="label again, or use the mapping of the dataset",
         )
-    arrays = {name: read_array(group, name, path) for name in ("positions", "forces", "probes", "hvps", "walker")}
+    names = ["positions", "forces", "probes", "hvps"]
     if attributes.get("made_from", {}).get("settings", {}).get("averaging") is not None or "covariances" in group:
-        arrays["covariances"] = read_array(group, "covariances", path)
+        names.append("covariances")
+    arrays: dict[str, Any] = {key: _open_array(group, key, path, stream) for key in names}
     return LabelledFrames(
-        **arrays, bead_map=found, temperature_K=temperature, attributes=attributes, name=Path(path).stem
+        **arrays,
+        walker=read_array(group, "walker", path),
+        bead_map=found,
+        temperature_K=temperature,
+        attributes=attributes,
+        name=name or PurePath(str(path)).stem,
     )
+
+
+def _open_array(group: Any, name: str, path: StoreLike, stream: bool) -> Any:
+    if stream and name in group:
+        return StoredArray(group[name], path)
+    return read_array(group, name, path)
+
+
+def choose_evenly(walker: NDArray[np.int64], n_frames: int, where: str = "") -> NDArray[np.int64]:
+    """``n_frames`` of the frames, evenly spaced over those of each walker (T,), which gives its share of them.
+
+    Raises
+    ------
+    DataError
+        There are more walkers than frames wanted.
+    """
+    walkers, sizes = np.unique(walker, return_counts=True)
+    if len(walkers) > n_frames:
+        raise DataError(
+            "fewer frames wanted than there are walkers", expected=f"at least {len(walkers)}", got=n_frames, where=where
+        )
+    # One each, so that none is left out; then whole shares of the rest, and its remainder to the first ones.
+    spare = sizes - 1
+    shares = 1 + spare * (n_frames - len(walkers)) // max(1, spare.sum())
+    room = np.flatnonzero(shares < sizes)
+    shares[room[: n_frames - shares.sum()]] += 1
+    chosen = []
+    for w, size, share in zip(walkers, sizes, shares, strict=True):
+        chosen.append(np.flatnonzero(walker == w)[(np.arange(share) * size + size // 2) // share])
+    return np.sort(np.concatenate(chosen))
 
 
 def split_by_time_blocks(
@@ -173,6 +259,15 @@ def split_by_time_blocks(
             hint="sample more frames or change validation_fraction",
         )
     return training, held_out
+
+
+def _find_not_finite(values: Any) -> int | None:
+    """Index of the first frame that holds a NaN or infinity, reading some of them at a time; None if there is none."""
+    for rows in split_rows(values):
+        bad = find_not_finite(values[rows])
+        if bad is not None:
+            return int(rows.start) + bad
+    return None
 
 
 def _check_shape(name: str, values: NDArray[Any], shape: tuple[int, ...], where: str) -> None:

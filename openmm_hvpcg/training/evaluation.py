@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from openmm_hvpcg.training.dataset import LabelledFrames
 from openmm_hvpcg.training.derivatives import EnergyFunction, compute_forces_and_hvps
 from openmm_hvpcg.training.labels.probes import ProbeLaw
 from openmm_hvpcg.training.losses import compute_hvp_target, whiten
-from openmm_hvpcg.training.noise import LabelNoise, estimate_noise
+from openmm_hvpcg.training.noise import LabelNoise, choose_frames, estimate_noise
 from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared
 
 #: Stretches of the held-out frames behind standard errors.
@@ -35,7 +35,7 @@ def evaluate_network(
     whitening), what :class:`~openmm_hvpcg.training.diagnosis.TermFigures` holds.
     """
     found = {
-        dataset.name: _judge(network, tensors, frames, dataset, prepared.beta)
+        dataset.name: _judge(network, tensors, frames, dataset, prepared)
         for tensors, frames, dataset in zip(prepared.molecules, prepared.validation, datasets, strict=True)
     }
     figures = list(found.values())
@@ -66,6 +66,7 @@ def choose_network_share(network: torch.nn.Module, prepared: Prepared, force_wei
                 found, aim = whiten(found, white).double(), whiten(aim, white).double()
                 along += weight * float((found * aim).sum())
                 square += weight * float((found**2).sum())
+            prepared.storage.release()
     return float(np.clip(along / square, 0.0, 1.0)) if square > 0 else 0.0
 
 
@@ -91,9 +92,40 @@ def _judge(
     tensors: MoleculeTensors,
     validation: NDArray[np.int64],
     dataset: LabelledFrames,
-    beta: float,
+    prepared: Prepared,
 ) -> _Figures:
-    forces, hvps = _differentiate(network, tensors)
+    n_frames = len(tensors.positions)
+    chosen = choose_frames(n_frames)
+    squares: dict[str, list[NDArray[np.float64]]] = {}
+    residuals: dict[str, list[Tensor]] = {}
+    for start in range(0, n_frames, CHUNK_FRAMES):
+        rows = slice(start, start + CHUNK_FRAMES)
+        terms = _compute_terms(network, _take(tensors, rows), prepared.beta)
+        kept = torch.from_numpy(chosen[(chosen >= start) & (chosen < start + CHUNK_FRAMES)] - start)
+        for name, both in terms.items():
+            found = np.stack([(r.double() ** 2).flatten(1).mean(1).numpy() for r in both])
+            squares.setdefault(name, []).append(found)
+            residuals.setdefault(name, []).append(both[0][kept])
+        prepared.storage.release()
+    noise = _estimate_noises({n: torch.cat(r).numpy() for n, r in residuals.items()}, chosen, tensors, dataset)
+    return _Figures(
+        {name: np.concatenate(parts, axis=1) for name, parts in squares.items()},
+        noise,
+        tensors.forces[0].numel(),
+        validation,
+    )
+
+
+def _take(tensors: MoleculeTensors, rows: slice) -> MoleculeTensors:
+    """Some of the frames."""
+    names = ["positions", "forces", "probes", "hvps", "covariances"]
+    names += [] if tensors.whitening is None else ["whitening"]
+    return replace(tensors, **{name: getattr(tensors, name)[rows] for name in names})
+
+
+def _compute_terms(network: torch.nn.Module, tensors: MoleculeTensors, beta: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """Residuals of the network and of the priors, by term; see :class:`_Figures`."""
+    forces, hvps = compute_forces_and_hvps(_bind(network, tensors.species), tensors.positions, tensors.probes)
     residual, prior = tensors.forces - forces, tensors.forces
 
     def compute_excess(own_share: float) -> tuple[Tensor, Tensor]:
@@ -106,37 +138,43 @@ def _judge(
 
     # Errors are judged with nothing pooled in the target, which would bias them.
     own = compute_excess(0.0 if tensors.own_share == 0.0 else 1.0)
-    is_pooled = 0.0 < tensors.own_share < 1.0
-    trained = compute_excess(tensors.own_share) if is_pooled else own
+    trained = compute_excess(tensors.own_share) if _is_pooled(tensors) else own
     white = tensors.whitening
-    terms = {
+    return {
         "force": (residual, prior),
         "hvp": own,
         "loss_force": (whiten(residual, white), whiten(prior, white)),
         "loss_hvp": (whiten(trained[0], white), whiten(trained[1], white)),
     }
 
-    def estimate(force: Tensor, excess: Tensor) -> LabelNoise | None:
-        law = ProbeLaw.from_attributes(dataset.attributes)
-        return estimate_noise(dataset.positions, dataset.walker, force.numpy(), dataset.probes, excess.numpy(), law)
 
-    noise = estimate(residual, own[0])
-    loss_noise = noise if white is None and not is_pooled else estimate(terms["loss_force"][0], trained[0])
-    return _Figures(
-        {
-            name: np.stack([(r.double() ** 2).flatten(1).mean(1).numpy() for r in residuals])
-            for name, residuals in terms.items()
-        },
-        {
-            "force": noise.force if noise else None,
-            "hvp": noise.hvp if noise else None,
-            "loss_force": loss_noise.force if loss_noise else None,
-            # Whitened, the residual matrices are not symmetric, and the estimate does not hold.
-            "loss_hvp": loss_noise.hvp if loss_noise and white is None else None,
-        },
-        tensors.forces[0].numel(),
-        validation,
-    )
+def _is_pooled(tensors: MoleculeTensors) -> bool:
+    return 0.0 < tensors.own_share < 1.0
+
+
+def _estimate_noises(
+    residuals: dict[str, NDArray[np.float32]],
+    chosen: NDArray[np.int64],
+    tensors: MoleculeTensors,
+    dataset: LabelledFrames,
+) -> dict[str, float | None]:
+    """Noise of each term from the network's residuals at the frames chosen for it."""
+    rows, law = torch.from_numpy(chosen), ProbeLaw.from_attributes(dataset.attributes)
+    positions, probes, walker = tensors.positions[rows].numpy(), tensors.probes[rows].numpy(), dataset.walker[chosen]
+
+    def estimate(force: str, hvp: str) -> LabelNoise | None:
+        return estimate_noise(positions, walker, residuals[force], probes, residuals[hvp], law, chosen)
+
+    noise = estimate("force", "hvp")
+    plain = tensors.whitening is None
+    loss_noise = noise if plain and not _is_pooled(tensors) else estimate("loss_force", "loss_hvp")
+    return {
+        "force": noise.force if noise else None,
+        "hvp": noise.hvp if noise else None,
+        "loss_force": loss_noise.force if loss_noise else None,
+        # Whitened, the residual matrices are not symmetric, and the estimate does not hold.
+        "loss_hvp": loss_noise.hvp if loss_noise and plain else None,
+    }
 
 
 def _describe(figures: list[_Figures]) -> dict[str, Any]:
@@ -199,12 +237,3 @@ def _average(values: Sequence[float | None], weights: Sequence[int]) -> float | 
     if not known:
         return None
     return float(np.sqrt(np.average(np.square([v for v, _ in known]), weights=[w for _, w in known])))
-
-
-def _differentiate(network: torch.nn.Module, tensors: MoleculeTensors) -> tuple[Tensor, Tensor]:
-    """The network's forces (T, B, 3) and HVPs (T, P, B, 3) of all frames."""
-    parts = [
-        compute_forces_and_hvps(_bind(network, tensors.species), x, v)
-        for x, v in zip(tensors.positions.split(CHUNK_FRAMES), tensors.probes.split(CHUNK_FRAMES), strict=True)
-    ]
-    return torch.cat([f for f, _ in parts]), torch.cat([h for _, h in parts])

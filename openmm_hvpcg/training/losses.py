@@ -13,22 +13,28 @@ from torch import Tensor
 
 
 def compute_correction(
-    residual: Tensor, probes: Tensor, beta: float, covariances: Tensor | None = None, own_share: float = 1.0
+    residual: Tensor,
+    probes: Tensor,
+    beta: float,
+    covariances: Tensor | None = None,
+    own_share: float | Tensor = 1.0,
 ) -> Tensor:
     """Covariance correction ``c(v) = beta C v``, (F, P, B, 3).
 
     ``C`` is ``d d^T`` of the frame's own residual (centred, theory note), or where ``own_share`` is below 1, that share
-    of it and the rest of ``covariances``, an estimate of ``C v`` from elsewhere.
+    of it and the rest of ``covariances``, an estimate of ``C v`` from elsewhere. ``own_share`` is one number, or one a
+    frame (F,) in double.
 
     ``d`` is the projected force minus the model's force, detached here: with its gradient the loss would reward a force
     error.
     """
-    if covariances is not None and own_share == 0.0:
-        return beta * covariances
     d = residual.detach()
     along = torch.einsum("fbx,fpbx->fp", d, probes)
     own = beta * along[:, :, None, None] * d[:, None]
-    return own if covariances is None or own_share == 1.0 else own_share * own + (1.0 - own_share) * beta * covariances
+    if covariances is None:
+        return own
+    share = torch.as_tensor(own_share, dtype=torch.float64, device=own.device).reshape(-1, 1, 1, 1)
+    return share.to(own.dtype) * own + ((1.0 - share) * beta).to(own.dtype) * covariances
 
 
 def compute_hvp_target(
@@ -37,7 +43,7 @@ def compute_hvp_target(
     probes: Tensor,
     beta: float,
     covariances: Tensor | None = None,
-    own_share: float = 1.0,
+    own_share: float | Tensor = 1.0,
 ) -> Tensor:
     """HVP target ``t(v) = p(v) - c(v)``: its mean is the CG Hessian times v up to second order in the force error."""
     return hvps - compute_correction(residual, probes, beta, covariances, own_share)
@@ -89,7 +95,7 @@ def hvp_loss(
     beta: float,
     scales: LossScales,
     covariances: Tensor | None = None,
-    own_share: float = 1.0,
+    own_share: float | Tensor = 1.0,
     whitening: Tensor | None = None,
 ) -> Tensor:
     """Mean square of ``(grad grad U) v - t(v)`` over that of the priors: unbiased for the Frobenius-norm objective.

@@ -79,14 +79,23 @@ class MatchingModule(lightning.LightningModule):
 
     def _choose_method(self, energy: EnergyFunction, batch: Batch) -> HVPMethod:
         """Measured once on a GPU and kept in the checkpoint; on a CPU double backward always won."""
-        if self._method is None:
-            on_cpu = batch.positions.device.type == "cpu"
-            self._method = "reverse" if on_cpu else choose_hvp_method(energy, batch.positions, batch.probes)
-        return self._method
+        if self._method is not None:
+            return self._method
+        on_cpu = batch.positions.device.type == "cpu"
+        method: HVPMethod = "reverse" if on_cpu else choose_hvp_method(energy, batch.positions, batch.probes)
+        if self.is_shared:
+            method = self.trainer.strategy.broadcast(method)
+        self._method = method
+        return method
 
     def combine(self, force: Tensor, hvp: Tensor | None) -> Tensor:
         loss = self.settings.force_weight * force
         return loss if hvp is None else loss + self.hvp_weight * hvp
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes train with this one."""
+        return self._trainer is not None and self.trainer.world_size > 1
 
     @property
     def first_hvp_epoch(self) -> int:
@@ -98,33 +107,52 @@ class MatchingModule(lightning.LightningModule):
         return self.settings.schedule == "cosine" or self.current_epoch < self.first_hvp_epoch
 
     def on_train_epoch_start(self) -> None:
-        """Pool the covariances anew a few times, from the residuals of the model of the day."""
+        """Pool the covariances anew a few times, from the residuals of the model of the day.
+
+        Where processes share the tensors, the one that can do it does it for all.
+        """
         since = self.current_epoch - self.first_hvp_epoch
         every = max(1, self.settings.max_epochs // POOLINGS)
+        self.trainer.strategy.barrier()
         if self.hvp_weight > 0 and self._pools and since >= 0 and since % every == 0:
             self.prepared.pool_covariances(self._compute_residuals())
+        self.trainer.strategy.barrier()
 
     def _compute_residuals(self) -> list[Tensor]:
-        """Force residuals of every frame of every molecule."""
+        """Force residuals (F, B, 3) of every molecule at the frames that covariances are fitted to."""
         found = []
-        for m in self.prepared.molecules:
+        for m, frames in zip(self.prepared.molecules, self.prepared.pooling, strict=True):
             energy = functools.partial(self.network, species=m.species.to(self.device))
-            chunks = [compute_forces(energy, part.to(self.device)).cpu() for part in m.positions.split(CHUNK_FRAMES)]
-            found.append(m.forces - torch.cat(chunks))
+            wanted = torch.zeros(len(m.positions), dtype=torch.bool)
+            wanted[torch.from_numpy(frames)] = True
+            parts = []
+            for start in range(0, len(wanted), CHUNK_FRAMES):
+                rows = slice(start, start + CHUNK_FRAMES)
+                if wanted[rows].any():
+                    forces = compute_forces(energy, m.positions[rows].to(self.device)).cpu()
+                    parts.append((m.forces[rows] - forces)[wanted[rows]])
+                    self.prepared.storage.release()
+            found.append(torch.cat(parts))
         return found
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         with_hvps = self.hvp_weight > 0 and self.current_epoch >= self.first_hvp_epoch
         loss = self.combine(*self.compute_losses(batch, with_hvps, create_graph=True))
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=len(batch.positions))
-        return loss
+        n = self._count_frames(batch)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=n, sync_dist=self.is_shared)
+        return loss * batch.weight
+
+    def _count_frames(self, batch: Batch) -> int:
+        """What the batch counts in means over an epoch: its frames, or where they are shared a multiple of them.
+
+        Lightning averages this number over the processes, and cuts off what is behind the point.
+        """
+        return len(batch.positions) * self.trainer.world_size if batch.weight > 0 else 0
 
     def validation_step(self, batch: Batch, _: int) -> None:
         force, hvp = self.compute_losses(batch, True, create_graph=False)
-        n = len(batch.positions)
-        self.log("val_force", force, batch_size=n)
-        self.log("val_hvp", hvp, batch_size=n)  # type: ignore[arg-type]
-        self.log("val_loss", self.combine(force, hvp), batch_size=n)
+        values = {"val_force": force, "val_hvp": hvp, "val_loss": self.combine(force, hvp)}
+        self.log_dict(values, batch_size=self._count_frames(batch), sync_dist=self.is_shared)  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = torch.optim.AdamW(
@@ -167,4 +195,4 @@ class MatchingModule(lightning.LightningModule):
         ):
             if pooled is not None and regions is not None:
                 pooled.regions = regions.cpu()
-                apply_pooled(pooled, molecule)
+                apply_pooled(pooled, molecule, self.prepared.storage)

@@ -42,6 +42,7 @@ def estimate_noise(
     probes: NDArray[np.floating],
     hvp_residuals: NDArray[np.floating],
     law: ProbeLaw | None = None,
+    times: NDArray[np.int64] | None = None,
 ) -> LabelNoise | None:
     """Noise of forces and HVP targets.
 
@@ -55,13 +56,16 @@ def estimate_noise(
     law : of the probes; None: one with E[v v^T] = 1. Neighbours must be compared along the same direction, but each has
         probes of its own, so that their likeness is averaged over all directions the law reaches. Rigid motions it
         leaves out count as noise in full. A law of a few soft modes leaves out more: its HVP noise is None.
+    times : (T,), the frames' places among all there are, increasing; None: they are all. No more are used than
+        :func:`choose_frames` chooses.
 
     Returns
     -------
     LabelNoise, or None where there are too few frames to pair.
     """
-    frames = np.unique(np.linspace(0, len(positions) - 1, min(len(positions), MAX_FRAMES)).astype(int))
-    pairs = _pair_neighbours(positions[frames].astype(np.float64), frames, walker[frames])
+    times = np.arange(len(positions)) if times is None else times
+    frames = choose_frames(len(positions))
+    pairs = _pair_neighbours(positions[frames].astype(np.float64), frames, times[frames], walker[frames])
     if len(pairs) < 10:
         return None
     i, j = pairs[:, 0], pairs[:, 1]
@@ -73,6 +77,11 @@ def estimate_noise(
         _estimate_hvp_noise(positions, probes, hvp_residuals, pairs, turns, law or ProbeLaw()),
         len(pairs),
     )
+
+
+def choose_frames(n_frames: int) -> NDArray[np.int64]:
+    """The frames that noise is estimated from: all, or evenly spaced ones."""
+    return np.unique(np.linspace(0, n_frames - 1, min(n_frames, MAX_FRAMES)).astype(np.int64))
 
 
 def _estimate_hvp_noise(
@@ -100,7 +109,7 @@ def _estimate_hvp_noise(
 
 
 def _pair_neighbours(
-    positions: NDArray[np.float64], frames: NDArray[np.int64], walker: NDArray[np.int64]
+    positions: NDArray[np.float64], frames: NDArray[np.int64], times: NDArray[np.int64], walker: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """Each frame with its nearest frame, in bead distances, that is not near it in time; (n, 2) original indices."""
     first, second = np.triu_indices(positions.shape[1], k=1)
@@ -109,7 +118,7 @@ def _pair_neighbours(
         return np.empty((0, 2), dtype=np.int64)
     neighbours = cKDTree(features).query(features, k=min(len(features), 2 * MIN_SEPARATION + 1))[1]
     rows = np.arange(len(frames))[:, None]
-    apart = (walker[neighbours] != walker[:, None]) | (np.abs(frames[neighbours] - frames[:, None]) >= MIN_SEPARATION)
+    apart = (walker[neighbours] != walker[:, None]) | (np.abs(times[neighbours] - times[:, None]) >= MIN_SEPARATION)
     apart &= neighbours != rows
     found = apart.any(axis=1)
     nearest = neighbours[np.arange(len(frames)), apart.argmax(axis=1)]

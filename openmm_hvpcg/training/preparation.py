@@ -8,7 +8,7 @@ energy, and a step costs the network alone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,19 +23,24 @@ from openmm_hvpcg.errors import DataError
 from openmm_hvpcg.mapping import find_end_marks
 from openmm_hvpcg.potential import PotentialSpec
 from openmm_hvpcg.prior_terms import PriorParameters
-from openmm_hvpcg.training.batches import MoleculeTensors
-from openmm_hvpcg.training.covariance import PooledCovariance
+from openmm_hvpcg.training.batches import FrameGroup, MoleculeSize, MoleculeTensors, group_molecules
+from openmm_hvpcg.training.covariance import PooledCovariance, count_soft_features
 from openmm_hvpcg.training.dataset import LabelledFrames, split_by_time_blocks
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.fit_priors import fit_priors
 from openmm_hvpcg.training.losses import LossScales, compute_hvp_target, whiten
 from openmm_hvpcg.training.models.total import TotalEnergy
+from openmm_hvpcg.training.scratch import Memory, Storage
 from openmm_hvpcg.units import compute_kt
 
 logger = logging.getLogger(__name__)
 
 #: Frames differentiated at once.
 CHUNK_FRAMES = 256
+#: Numbers (in double) that sums over labels take at once.
+CHUNK_VALUES = 2**21
+#: Priors and pooled covariances are fitted to so many numbers of a molecule, evenly spaced, and to so many frames.
+FIT_VALUES, FIT_FRAMES = 2**23, 20000
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,10 @@ class Prepared:
 
     Attributes
     ----------
-    molecules : tensors without the priors' part
+    molecules : tensors without the priors' part, views of those in ``groups``
+    groups : molecules that share batches
     training, validation : frames of each molecule
+    pooling : the training frames of each that pooled covariances are fitted to
     scales : of the loss, from the training frames
     prior_validation : force and HVP loss of the priors alone on the validation frames, normalised, with the first probe
         of each, as in training
@@ -53,27 +60,30 @@ class Prepared:
     beta : 1/kT, mol/kJ
     force_noise : variance a component of forces at held beads, from inner samples; None where labels are not averaged
     pooled : for each molecule its pooled covariance, fitted to what the priors leave; None where none is used
+    storage : where the tensors lie
     """
 
     molecules: list[MoleculeTensors]
+    groups: list[FrameGroup]
     training: list[NDArray[np.int64]]
     validation: list[NDArray[np.int64]]
+    pooling: list[NDArray[np.int64]]
     scales: LossScales
     prior_validation: tuple[float, float]
     spec: PotentialSpec
     beta: float
     force_noise: float | None
     pooled: list[PooledCovariance | None]
+    storage: Storage
 
     def pool_covariances(self, residuals: Sequence[Tensor]) -> None:
-        """Fit the pooled covariances anew, to the force residuals (T, B, 3) of the model of the day."""
+        """Fit the pooled covariances anew, to force residuals (F, B, 3) of the model of the day at ``pooling``."""
         for molecule, frames, pooled, residual in zip(
-            self.molecules, self.training, self.pooled, residuals, strict=True
+            self.molecules, self.pooling, self.pooled, residuals, strict=True
         ):
             if pooled is not None:
-                rows = torch.from_numpy(frames)
-                pooled.fit(molecule.positions[rows], residual[rows])
-                apply_pooled(pooled, molecule)
+                pooled.fit(molecule.positions[torch.from_numpy(frames)], residual)
+                apply_pooled(pooled, molecule, self.storage)
 
 
 def prepare(
@@ -82,8 +92,15 @@ def prepare(
     model: ModelSettings,
     priors: PriorSettings,
     made_from: dict[str, Any],
+    *,
+    mixed: bool = True,
+    storage: Storage | None = None,
 ) -> Prepared:
-    """Split, fit the priors on the training part alone, take them out of the labels, set the scales."""
+    """Split, fit the priors on the training part alone, take them out of the labels, set the scales.
+
+    Where ``mixed``, molecules of as many beads share batches. The tensors are put into ``storage``, by default memory.
+    """
+    storage = storage or Memory()
     if not datasets:
         raise DataError("there is nothing to train on", expected="at least one dataset")
     temperatures = {d.temperature_K for d in datasets}
@@ -94,31 +111,58 @@ def prepare(
         split_by_time_blocks(d.walker, training.validation_fraction, training.validation_blocks) for d in datasets
     ]
     parameters = fit_priors(
-        [(d.bead_map, d.positions[s[0]]) for d, s in zip(datasets, splits, strict=True)], priors, temperature
+        [(d.bead_map, d.positions[thin_rows(s[0], count_pairs(d))]) for d, s in zip(datasets, splits, strict=True)],
+        priors,
+        temperature,
     )
     spec = _build_spec(datasets, parameters, model, temperature, made_from)
-    molecules = [_remove_priors(d, spec) for d in datasets]
+    groups, molecules = _allocate(datasets, spec, training, mixed, storage)
+    for dataset, molecule in zip(datasets, molecules, strict=True):
+        _remove_priors(dataset, spec, molecule, storage)
     pooled: list[PooledCovariance | None] = []
     for k, (dataset, (frames, _)) in enumerate(zip(datasets, splits, strict=True)):
-        found = _choose_covariance(dataset, molecules[k], frames, training)
+        found = _choose_covariance(dataset, molecules[k], frames, training, storage)
         molecules[k] = found[0]
         pooled.append(found[1])
+    for group in groups:
+        group.own_share.copy_(torch.tensor([molecules[k].own_share for k in group.members], dtype=torch.float64))
     beta = 1.0 / compute_kt(temperature)
-    scales = LossScales(*_mean_squares(molecules, [s[0] for s in splits], beta))
+    scales = LossScales(*_mean_squares(molecules, [s[0] for s in splits], beta, storage))
     if not (scales.force > 0 and scales.hvp > 0):
         raise DataError("the labels hold nothing to learn: forces or HVPs are all zero", where=datasets[0].name)
-    prior_force, prior_hvp = _mean_squares(molecules, [s[1] for s in splits], beta, n_probes=1)
+    prior_force, prior_hvp = _mean_squares(molecules, [s[1] for s in splits], beta, storage, n_probes=1)
     return Prepared(
         molecules,
+        groups,
         [s[0] for s in splits],
         [s[1] for s in splits],
+        [thin_rows(s[0], count_soft_features(d.bead_map.n_beads)) for s, d in zip(splits, datasets, strict=True)],
         scales,
         (prior_force / scales.force, prior_hvp / scales.hvp),
         spec,
         beta,
         _measure_noise(datasets, splits),
         pooled,
+        storage,
     )
+
+
+def thin_rows(frames: NDArray[np.int64], n_values: int) -> NDArray[np.int64]:
+    """The frames, or evenly spaced ones of them, so that a fit with ``n_values`` numbers of each stays small."""
+    most = max(FIT_FRAMES, FIT_VALUES // max(1, n_values))
+    return frames if len(frames) <= most else frames[np.linspace(0, len(frames) - 1, most).astype(np.int64)]
+
+
+def count_pairs(dataset: LabelledFrames) -> int:
+    """Pairs of beads."""
+    n_beads = dataset.bead_map.n_beads
+    return n_beads * (n_beads - 1) // 2
+
+
+def _split_rows(frames: NDArray[np.int64], n_values: int) -> Iterator[NDArray[np.int64]]:
+    """The frames in parts of about ``CHUNK_VALUES`` numbers, of which a frame has so many."""
+    size = max(1, CHUNK_VALUES // n_values)
+    return (frames[start : start + size] for start in range(0, len(frames), size))
 
 
 def _measure_noise(
@@ -129,21 +173,27 @@ def _measure_noise(
     for dataset, (frames, _) in zip(datasets, splits, strict=True):
         if dataset.covariances is None:
             return None
-        v = dataset.probes[frames].astype(np.float64)
-        total += float((v * dataset.covariances[frames]).sum())
-        count += float((v**2).sum())
+        for rows in _split_rows(frames, 3 * dataset.n_probes * dataset.bead_map.n_beads):
+            v = dataset.probes[rows].astype(np.float64)
+            total += float((v * dataset.covariances[rows]).sum())
+            count += float((v**2).sum())
     return total / count
 
 
-def apply_pooled(pooled: PooledCovariance, molecule: MoleculeTensors) -> None:
+def apply_pooled(pooled: PooledCovariance, molecule: MoleculeTensors, storage: Storage) -> None:
     """Put the covariance times the probes of every frame into the molecule's tensors."""
     for start in range(0, len(molecule.positions), CHUNK_FRAMES):
         rows = slice(start, start + CHUNK_FRAMES)
         molecule.covariances[rows] = pooled.apply(molecule.positions[rows], molecule.probes[rows])
+        storage.release()
 
 
 def _choose_covariance(
-    dataset: LabelledFrames, molecule: MoleculeTensors, frames: NDArray[np.int64], settings: TrainingSettings
+    dataset: LabelledFrames,
+    molecule: MoleculeTensors,
+    frames: NDArray[np.int64],
+    settings: TrainingSettings,
+    storage: Storage,
 ) -> tuple[MoleculeTensors, PooledCovariance | None]:
     """The molecule with what its HVP target takes for the covariance, and the pooled covariance where one is used."""
     kind = settings.covariance
@@ -152,10 +202,11 @@ def _choose_covariance(
     if (kind == "sample") != (dataset.covariances is not None):
         raise _explain_mismatch(kind, dataset.name)
     if kind == "sample":
-        molecule = replace(molecule, covariances=torch.as_tensor(dataset.covariances), own_share=0.0)
+        _copy_covariances(dataset, molecule, storage)
+        molecule = replace(molecule, own_share=0.0)
     if kind != "pooled" and settings.whiten == "none":
         return molecule, None
-    rows = torch.from_numpy(frames)
+    rows = torch.from_numpy(thin_rows(frames, count_soft_features(dataset.bead_map.n_beads)))
     try:
         pooled = PooledCovariance(molecule.positions[rows], settings.covariance_regions, settings.seed)
     except ValueError:
@@ -163,16 +214,26 @@ def _choose_covariance(
             logger.warning("%s: beads on a line have no local axes: each frame's own covariance is used", dataset.name)
         if settings.whiten != "none":
             logger.warning("%s: beads on a line have no local axes: residuals are not whitened", dataset.name)
-        return molecule, None
+        if molecule.whitening is not None:
+            molecule.whitening.copy_(torch.eye(molecule.whitening.shape[-1]))
+        return replace(molecule, whitening=None), None
     pooled.fit(molecule.positions[rows], molecule.forces[rows])
-    if settings.whiten == "noise":
-        molecule = replace(molecule, whitening=pooled.whiten(molecule.positions))
+    if molecule.whitening is not None:
+        pooled.whiten(molecule.positions, molecule.whitening, storage.release)
     if kind != "pooled":
         return molecule, None
     share = len(frames) / (len(frames) + settings.covariance_frames)
-    molecule = replace(molecule, own_share=share, covariances=torch.empty_like(molecule.hvps))
-    apply_pooled(pooled, molecule)
+    molecule = replace(molecule, own_share=share)
+    apply_pooled(pooled, molecule, storage)
     return molecule, pooled
+
+
+def _copy_covariances(dataset: LabelledFrames, molecule: MoleculeTensors, storage: Storage) -> None:
+    for start in range(0, dataset.n_frames, CHUNK_FRAMES):
+        rows = slice(start, start + CHUNK_FRAMES)
+        if dataset.covariances is not None:
+            molecule.covariances[rows] = torch.from_numpy(np.array(dataset.covariances[rows]))
+        storage.release()
 
 
 def _explain_mismatch(kind: str, name: str) -> DataError:
@@ -218,40 +279,60 @@ def _build_spec(
         model.cutoff_nm,
         temperature_K,
         model.model_dump(mode="json"),
-        {d.name: d.hash for d in datasets},
+        made_from.get("datasets") or {d.name: d.hash for d in datasets},
         {},
         {"made_from": made_from, "package_version": __version__, "torch_version": torch.__version__},
     )
 
 
-def _remove_priors(dataset: LabelledFrames, spec: PotentialSpec) -> MoleculeTensors:
-    """The dataset's tensors with the priors' forces and HVPs subtracted, in double, then float32."""
+def _allocate(
+    datasets: Sequence[LabelledFrames], spec: PotentialSpec, settings: TrainingSettings, mixed: bool, storage: Storage
+) -> tuple[list[FrameGroup], list[MoleculeTensors]]:
+    """Room for the tensors of all molecules, in groups that share batches."""
+    sizes = [
+        MoleculeSize(d.n_frames, d.n_probes, torch.from_numpy(spec.compute_species_index(d.bead_map))) for d in datasets
+    ]
+    groups = [
+        FrameGroup.allocate(members, sizes, whitened=settings.whiten == "noise", storage=storage)
+        for members in group_molecules(sizes, mixed)
+    ]
+    molecules = {k: group.get_molecule(i) for group in groups for i, k in enumerate(group.members)}
+    return groups, [molecules[k] for k in range(len(datasets))]
+
+
+def _remove_priors(dataset: LabelledFrames, spec: PotentialSpec, molecule: MoleculeTensors, storage: Storage) -> None:
+    """Fill the molecule's tensors, the priors' forces and HVPs subtracted in double, then float32."""
     bound = replace(spec, bead_map=dataset.bead_map)
     total = TotalEnergy(torch.nn.Identity(), bound).double()
-    positions = torch.from_numpy(dataset.positions)
-    probes = torch.from_numpy(dataset.probes)
-    forces, hvps = torch.from_numpy(dataset.forces).clone(), torch.from_numpy(dataset.hvps).clone()
-    for start in range(0, len(positions), CHUNK_FRAMES):
+    for start in range(0, dataset.n_frames, CHUNK_FRAMES):
         rows = slice(start, start + CHUNK_FRAMES)
-        f, h = compute_forces_and_hvps(total.prior_energies, positions[rows].double(), probes[rows].double())
-        forces[rows] = (forces[rows].double() - f).float()
-        hvps[rows] = (hvps[rows].double() - h).float()
-    species = torch.from_numpy(spec.compute_species_index(dataset.bead_map))
-    # Without strides: no memory until a covariance from elsewhere takes its place.
-    nothing = torch.zeros(1).expand(hvps.shape)
-    return MoleculeTensors(positions, forces, probes, hvps, species, nothing)
+        positions, forces, probes, hvps = (
+            torch.from_numpy(np.array(a[rows]))
+            for a in (dataset.positions, dataset.forces, dataset.probes, dataset.hvps)
+        )
+        f, h = compute_forces_and_hvps(total.prior_energies, positions.double(), probes.double())
+        molecule.positions[rows], molecule.probes[rows] = positions, probes
+        molecule.forces[rows] = (forces.double() - f).float()
+        molecule.hvps[rows] = (hvps.double() - h).float()
+        storage.release()
 
 
 def _mean_squares(
-    molecules: Sequence[MoleculeTensors], frames: Sequence[NDArray[np.int64]], beta: float, n_probes: int | None = None
+    molecules: Sequence[MoleculeTensors],
+    frames: Sequence[NDArray[np.int64]],
+    beta: float,
+    storage: Storage,
+    n_probes: int | None = None,
 ) -> tuple[float, float]:
     """Mean squares per component of what the priors leave of forces and of HVP targets, all or the first so many."""
     force, hvp, n_force, n_hvp = 0.0, 0.0, 0, 0
-    for m, index in zip(molecules, frames, strict=True):
+    parts = ((m, p) for m, f in zip(molecules, frames, strict=True) for p in _split_rows(f, m.hvps[0].numel()))
+    for m, index in parts:
         rows = torch.from_numpy(index)
         d, p, v = m.forces[rows].double(), m.hvps[rows, :n_probes].double(), m.probes[rows, :n_probes].double()
         white = None if m.whitening is None else m.whitening[rows].double()
         target = compute_hvp_target(p, d, v, beta, m.covariances[rows, :n_probes].double(), m.own_share)
         force, n_force = force + float((whiten(d, white) ** 2).sum()), n_force + d.numel()
         hvp, n_hvp = hvp + float((whiten(target, white) ** 2).sum()), n_hvp + target.numel()
+        storage.release()
     return force / n_force, hvp / n_hvp

@@ -10,7 +10,7 @@ import torch
 
 from openmm_hvpcg.config import ModelSettings
 from openmm_hvpcg.errors import PotentialError
-from openmm_hvpcg.training.models.check import check_model
+from openmm_hvpcg.training.models.check import check_model, takes_many_molecules
 from openmm_hvpcg.training.models.registry import build_network
 
 SPECIES = torch.tensor([0, 1, 2, 1, 0])
@@ -75,3 +75,23 @@ def test_warns_of_a_start_away_from_the_priors(kind: str, warned: bool, caplog: 
     with caplog.at_level(logging.WARNING, "openmm_hvpcg"):
         check_model(build(kind), SPECIES, 0.9, kind)
     assert ("not zero to begin with" in caplog.text) is warned
+
+
+class Forgetful(torch.nn.Module):
+    """Takes species of every frame, and uses those of the first for all."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, positions: torch.Tensor, species: torch.Tensor) -> torch.Tensor:
+        return self.network(positions, species[0] if species.ndim == 2 else species)
+
+
+@pytest.mark.parametrize("n_beads", [2, 4, 5, 9])
+def test_finds_who_takes_many_molecules_at_once(n_beads: int) -> None:
+    """Of any size: shapes that happen to fit, as four beads in four frames, do not mislead it."""
+    assert takes_many_molecules(build("schnet"), n_beads, 3, 0.9)
+    assert takes_many_molecules(build("painn"), n_beads, 3, 0.9)
+    assert not takes_many_molecules(build("my_network:MyNetwork"), n_beads, 3, 0.9)
+    assert not takes_many_molecules(Forgetful(build("schnet")), n_beads, 3, 0.9)

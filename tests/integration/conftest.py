@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -42,6 +43,21 @@ SHRINK_REFERENCE = (
     "reference.stride=1",
     "reference.platform=Reference",
 )
+#: Protocols with more or larger molecules than a test has time for, by folder: those that are left, and their roles. Every
+#: species of the molecule to test on has to be in one to train on.
+SHRINK_MOLECULES = {
+    "fast_folders": {"chignolin": "test", "trp_cage": "train", "bba": "train"},
+    "unseen_peptides": {"VDKR": "train", "SIHG": "train", "KSIV": "test"},
+}
+#: What else a protocol needs, by folder.
+SHRINK_MORE = {
+    "fast_folders": (
+        "sampling.stride=5",
+        "sampling.equilibration_steps=20",
+        "simulation.exchange.temperatures=2",
+        "simulation.exchange.every=10",
+    ),
+}
 PROTOCOLS = sorted((REPOSITORY / "protocols").glob("*/protocol.yaml"))
 DEMO = REPOSITORY / "protocols" / "alanine_dipeptide" / "protocol.yaml"
 
@@ -49,6 +65,20 @@ DEMO = REPOSITORY / "protocols" / "alanine_dipeptide" / "protocol.yaml"
 def set_options(*settings: str) -> list[str]:
     """``--set a --set b`` of settings, after those that shrink a protocol."""
     return [word for setting in (*SHRINK, *settings) for word in ("--set", setting)]
+
+
+def shrink(protocol: Path) -> list[str]:
+    """``--set a --set b`` of all that shrinks this protocol to seconds."""
+    content = yaml.safe_load(protocol.read_text(encoding="utf-8"))
+    folder = protocol.parent.name
+    more = list(SHRINK_MORE.get(folder, ()))
+    if content.get("reference") is not None:
+        more += SHRINK_REFERENCE
+    roles = SHRINK_MOLECULES.get(folder)
+    if roles is not None:
+        kept = [{**m, "role": roles[m["name"]]} for m in content["molecules"] if m["name"] in roles]
+        more.append(f"molecules={yaml.safe_dump(kept, default_flow_style=True, width=math.inf).strip()}")
+    return set_options(*more)
 
 
 @dataclass(frozen=True)
@@ -70,11 +100,9 @@ def run_protocol(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], S
     def run(protocol: Path) -> Shown:
         if protocol not in runs:
             out = tmp_path_factory.mktemp(protocol.parent.name) / "study"
-            wants_reference = yaml.safe_load(protocol.read_text(encoding="utf-8")).get("reference") is not None
-            more = SHRINK_REFERENCE if wants_reference else ()
             script = Path(sys.executable).with_name("openmm-hvpcg")
             done = subprocess.run(
-                [str(script), "run", str(protocol), "--out", str(out), *set_options(*more)],
+                [str(script), "run", str(protocol), "--out", str(out), *shrink(protocol)],
                 env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
                 capture_output=True,
                 text=True,

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mdtraj as md
 import numpy as np
 import pytest
 import yaml
@@ -57,11 +58,43 @@ def test_roles(two: Path) -> None:
     assert (out / "cg/fm/two/topology.pdb").read_text().count("ATOM") == n_beads
 
 
+def test_frames_chosen_by_cluster_train_and_do_not_judge(tmp_path: Path) -> None:
+    """One trajectory, chosen from by cluster for training and by time for the comparison."""
+    topology = md.load(str(DATA / "dialanine.pdb")).topology
+    positions = md.load(str(DATA / "dialanine.pdb")).xyz
+    noise = np.random.default_rng(0).normal(scale=0.004, size=(400, 32, 3))
+    md.Trajectory(positions + noise, topology).save(str(tmp_path / "t.dcd"))
+    shared = {"pdb": str(DATA / "dialanine.pdb"), "trajectory": "t.dcd", "trajectory_frames": 100}
+    molecules: list[dict[str, Any]] = [
+        {"name": "one", "role": "train", "input": {**shared, "trajectory_choice": "cluster"}},
+        {"name": "two", "role": "test", "input": {**shared, "trajectory_stride": 3}},
+    ]
+    protocol = write_protocol(tmp_path / "p.yaml", molecules)
+    for stage in ("sample", "label"):
+        result = call_cli(stage, protocol, "--out", tmp_path / "out", *set_options("labels.max_frames=8"))
+        assert result.status == 0, result.err
+    one, two = (load_frames(tmp_path / f"out/frames/{name}.zarr") for name in ("one", "two"))
+    assert (one.n_frames, two.n_frames) == (100, 67)  # 134 of every third frame, and every other of these
+    assert two.interval_ps == 6.0
+    assert "not distributed as the ensemble" in (tmp_path / "out/datasets/one.zarr/zarr.json").read_text()
+    molecules[0]["role"] = "both"
+    result = call_cli("label", write_protocol(tmp_path / "p.yaml", molecules), "--out", tmp_path / "out")
+    assert result.status == 2
+    assert "molecule one is compared with, and frames chosen by cluster" in result.err.replace("\n", " ")
+
+
 def test_a_molecule_can_be_added(two: Path, tmp_path: Path) -> None:
-    """Another test molecule is sampled; what is there is kept."""
+    """Another test molecule is sampled if the network can know its species; what is there is kept."""
     out = Path(shutil.copytree(two / "out", tmp_path / "out"))
     protocol = yaml.safe_load((two / "p.yaml").read_text())
     protocol["molecules"].append({"name": "third", "role": "test", "input": {"sequence": "G"}})
+    path = write_protocol(tmp_path / "p.yaml", protocol["molecules"])
+    result = call_cli("sample", path, "--out", out, *set_options("simulation.timestep_fs=1"))
+    assert result.status != 0
+    for word in ("molecule third", "GLY:CA", "add a training molecule"):
+        assert word in result.err
+    assert not (out / "frames/third.zarr").exists()
+    protocol["molecules"][-1]["input"]["sequence"] = "AAA"
     path = write_protocol(tmp_path / "p.yaml", protocol["molecules"])
     result = call_cli("sample", path, "--out", out, *set_options("simulation.timestep_fs=1"))
     assert result.status == 0, result.err

@@ -14,6 +14,7 @@ from openmm_hvpcg.atomistic.molecule import AtomisticSystem
 from openmm_hvpcg.atomistic.systems import build_atomistic_system
 from openmm_hvpcg.config import InputSettings
 from openmm_hvpcg.errors import InputError, UnstableSimulationError
+from openmm_hvpcg.training.labels.oracle import CROWD_ATOMS, ForceOracle, count_copies
 
 SEQUENCES = ("G", "CP", "G", "AWK")
 
@@ -55,6 +56,30 @@ def test_forces_are_those_of_each_molecule_alone(solvent: str) -> None:
         alone = compute_forces(system, x)
         # Double precision: coordinates of tens of nm have lost two of 16 digits, forces of stiff bonds 1e5 times those.
         np.testing.assert_allclose(forces, alone, atol=1e-6 * np.abs(alone).max())
+
+
+def test_labels_of_many_configurations_at_once_are_those_of_one_at_a_time() -> None:
+    """Also where the last call has fewer configurations than copies, and with two Contexts."""
+    molecule = build("AWK")
+    rng = np.random.default_rng(2)
+    positions = molecule.positions + 0.003 * rng.standard_normal((9, *molecule.positions.shape))
+    with (
+        ForceOracle(molecule.system, "Reference") as one,
+        ForceOracle(molecule.system, "Reference", workers=2, copies=2) as many,
+    ):
+        assert many.n_copies == 2
+        expected = one(positions)
+        # As above; a finite difference over 1e-4 nm keeps four digits of HVPs fewer, far below the noise of labels.
+        np.testing.assert_allclose(many(positions), expected, atol=1e-6 * np.abs(expected).max())
+
+
+def test_copies_are_for_small_molecules_on_a_gpu() -> None:
+    system = build("AWK").system
+    assert count_copies(system, "CUDA") == CROWD_ATOMS // system.getNumParticles()
+    assert count_copies(system, "CPU") == 1
+    held = openmm.XmlSerializer.deserialize(openmm.XmlSerializer.serialize(system))
+    held.addForce(openmm.CustomExternalForce("x^2"))
+    assert count_copies(held, "CUDA") == 1
 
 
 def test_a_stretched_molecule_is_not_cut() -> None:

@@ -13,10 +13,10 @@ from openmm_hvpcg.analysis.compare import (
     Comparison,
     assign_basins,
     compare_runs,
-    drop_burn_in,
+    list_after_burn_in,
     without_arms,
 )
-from openmm_hvpcg.analysis.observables import find_phi_psi
+from openmm_hvpcg.analysis.observables import compute_phi_psi, find_phi_psi
 from openmm_hvpcg.config import AnalysisSettings
 from openmm_hvpcg.errors import InputError
 
@@ -118,10 +118,55 @@ def test_basins(phi: float, psi: float, basin: int) -> None:
 
 def test_burn_in_leaves_out_the_start_of_every_walker() -> None:
     frames = simulate_chain(40, 0, walkers=3)
-    used = drop_burn_in(frames, 0.25)
+    used = frames.select(list_after_burn_in(frames.walker, 0.25))
     assert used.n_frames == 90
     assert np.array_equal(used.positions[:30], frames.positions[10:40])
     assert np.array_equal(used.walker, np.repeat([0, 1, 2], 30))
+
+
+def test_frames_without_weight_are_as_good_as_not_there() -> None:
+    reference, run = simulate_chain(300, 1), simulate_chain(300, 2, walkers=3)
+    settings = SETTINGS.model_copy(update={"burn_in": 0.0})
+    weights = 0.1 * (run.walker != 1)
+    weighted = compare_runs(reference, {"a": run}, settings, molecule="c", weights={"a": weights})
+    left = compare_runs(reference, {"a": run.select(np.flatnonzero(run.walker != 1))}, settings, molecule="c")
+    assert weighted.n_effective == {"a": pytest.approx(600)}
+    assert left.n_effective == {}
+    for one, other in [
+        (weighted.tica1.kl["a"], left.tica1.kl["a"]),
+        (weighted.tica1.js["a"], left.tica1.js["a"]),
+        *((o.arms["a"].mean, p.arms["a"].mean) for o, p in zip(weighted.coordinates, left.coordinates, strict=True)),
+        *((o.arms["a"].std, p.arms["a"].std) for o, p in zip(weighted.coordinates, left.coordinates, strict=True)),
+    ]:
+        assert one.value == pytest.approx(other.value, rel=1e-6, abs=1e-9)
+
+
+def test_weights_turn_one_ensemble_into_another() -> None:
+    """Frames drawn with 80 % helix, weighted to 40 %, agree with a reference of 40 % as frames of it would."""
+    reference, run = sample_dipeptide(4000, 1), sample_dipeptide(4000, 2, walkers=8, helix=0.8)
+    phi_psi = find_phi_psi(DIPEPTIDE)
+    assert phi_psi is not None
+    helix = assign_basins(compute_phi_psi(run, phi_psi)) == 1
+    weights = {"weighted": np.where(helix, 0.4 / 0.8, 0.6 / 0.2)}
+    runs = {"weighted": run, "plain": run}
+    found = compare_runs(reference, runs, SETTINGS, molecule="ala", phi_psi=phi_psi, weights=weights)
+    assert found.phi_psi is not None
+    assert found.phi_psi.kl["weighted"].value < 0.25 * found.phi_psi.kl["plain"].value
+    # Shares of 0.4 and 0.6 are 0.38 nats from 0.8 and 0.2; that of the 400 states drawn for the reference is uncertain
+    # by 0.025, which makes 0.04 nats.
+    assert found.phi_psi.kl["plain"].value > 0.2
+    share = found.populations["weighted"][1]
+    # Four standard errors from seven or more blocks: by Student's law one change of the seeds in 200.
+    assert abs(share.value - 0.4) < 4 * share.error < 0.2
+    assert 0.2 * run.n_frames < found.n_effective["weighted"] < 0.7 * run.n_frames
+
+
+def test_too_little_weight_is_skipped() -> None:
+    reference, run = simulate_chain(200, 1), simulate_chain(200, 2)
+    weights = np.full(run.n_frames, 1e-9)
+    weights[[50, 60, 250]] = 1.0
+    compared = compare_runs(reference, {"a": run}, SETTINGS, molecule="c", weights={"a": weights})
+    assert "they are worth 3" in compared.skipped["a"]
 
 
 def test_burn_in_is_not_counted() -> None:

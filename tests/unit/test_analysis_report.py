@@ -172,6 +172,34 @@ def test_a_study_without_any_comparison(training, tmp_path: Path) -> None:
     assert summary["molecules"]["ala"]["arms"]["hvp"]["status"] == "missing"
 
 
+def test_replica_exchange_is_told(tmp_path: Path) -> None:
+    reference, run = simulate_chain(200, 1), simulate_chain(150, 2)
+    settings = AnalysisSettings(lag_frames=5, bins=20)
+    arms = ("good", "rare", "stuck")
+    weights = {"good": np.linspace(0.0, 1.0, run.n_frames)}
+    compared = compare_runs(reference, dict.fromkeys(arms, run), settings, molecule="c", weights=weights)
+    exchange = {"temperatures_K": [300.0, 367.4, 450.0], "swap_acceptance": [0.41, 0.52], "round_trips": 12}
+    simulation = {
+        "c": {
+            "good": describe_run(**exchange),
+            "rare": describe_run(**{**exchange, "swap_acceptance": [0.41, 0.07]}),
+            "stuck": describe_run(**{**exchange, "round_trips": 0}),
+        }
+    }
+    path = write_report(tmp_path, {"c": compared}, {}, simulation, {})
+    told = {arm: next(t for t in parse(path).text if t.startswith(f"Arm {arm}: replica exchange")) for arm in arms}
+    assert "at 300, 367, 450 K; neighbours swap with probability 0.41, 0.52; 12 round trips." in told["good"]
+    assert f"weighted to 300 K: 270 frames are worth {compared.n_effective['good']:.0f} of" in told["good"]
+    assert "worth" not in told["rare"]
+    assert "Swaps are too rare" in told["rare"]
+    assert "No replica came back from the hottest" in told["stuck"]
+    assert path.read_text(encoding="utf-8").count('<p class="bad">Arm') == 2
+    summary = build_summary({"c": compared}, {}, simulation, {})["molecules"]["c"]["arms"]
+    assert summary["good"]["n_effective_frames"] == pytest.approx(compared.n_effective["good"])
+    assert summary["rare"]["n_effective_frames"] is None
+    assert {key: summary["good"][key] for key in exchange} == exchange
+
+
 PMF_HEADING = "Error of the mean force and its curvature"
 
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mdtraj as md
 import numpy as np
 import openmm
 import parmed
@@ -208,3 +209,80 @@ def test_coordinates_of_another_molecule(folder: Path, settings: dict[str, Any])
             build(base=folder, **{**settings, "coordinates": "other.pdb"})
     with pytest.raises(InputError, match=r"dialanine\.rst7: unknown kind of coordinates"):
         build(base=folder, **{**settings, "coordinates": "dialanine.rst7"})
+
+
+def test_every_included_file_is_hashed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that an included file includes too, and those behind an #ifdef; a comment includes nothing."""
+    monkeypatch.setenv("GMXDATA", str(folder / "nowhere"))
+    text = (folder / "dialanine.top").read_text()
+    start = text.index("[ moleculetype ]")
+    (folder / "ff").mkdir()
+    (folder / "ff" / "types.itp").write_text(text[:start])
+    (folder / "ff" / "all.itp").write_text('#include "types.itp" ; beside it\n')
+    (folder / "posre.itp").write_text("; nothing\n")
+    head = ';#include "none.itp"\n#include "ff/all.itp"\n#ifdef POSRES\n#include "posre.itp"\n#include "none.itp"\n'
+    head += "#endif\n"
+    (folder / "dialanine.top").write_text(head + text[start:])
+    before = build(base=folder, **GROMACS).provenance
+    assert sorted(before["included"]) == ["ff/all.itp", "ff/types.itp", "posre.itp"]
+    (folder / "ff" / "types.itp").write_text(text[:start] + "; changed\n")
+    after = build(base=folder, **GROMACS).provenance
+    assert [k for k in before["included"] if before["included"][k] != after["included"][k]] == ["ff/types.itp"]
+    assert before["files"] == after["files"]
+
+
+# --- terms of CHARMM ---
+
+#: Spring constants (kcal/mol/A^2, kcal/mol/rad^2), length (A), angle (rad) of a Urey-Bradley term and an improper.
+UREY_BRADLEY, IMPROPER = (11.0, 2.3), (9.0, 0.1)
+
+
+@pytest.fixture(scope="module")
+def charmm_terms(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+    """dialanine with a CMAP 2 cos(phi) + sin(psi) kcal/mol: as psf and prm, and as a CHAMBER prmtop with all terms."""
+    folder = tmp_path_factory.mktemp("charmm")
+    for ending in ("crd", "rst7"):
+        shutil.copy(DATA / f"dialanine.{ending}", folder / f"m.{ending}")
+    structure = parmed.charmm.CharmmPsfFile(str(DATA / "dialanine.psf"))
+    structure.load_parameters(parmed.charmm.CharmmParameterSet(str(DATA / "dialanine.prm")))
+    by_name = {(a.residue.idx, a.name): a for a in structure.atoms}
+    atoms = [by_name[key] for key in [(0, "C"), (1, "N"), (1, "CA"), (1, "C"), (2, "N")]]
+    angles = np.deg2rad(15.0 * np.arange(24) - 180.0)
+    grid = (2 * np.cos(angles)[:, None] + np.sin(angles)).ravel().tolist()
+    kind = parmed.CmapType(24, grid)
+    structure.cmaps.append(parmed.Cmap(*atoms, kind))
+    structure.cmap_types.append(kind)
+    structure.save(str(folder / "m.psf"))
+    lines = ["CMAP", " ".join([*(a.type for a in atoms[:4]), *(a.type for a in atoms[1:]), "24"])]
+    lines += [" ".join(f"{v:.6f}" for v in grid[k : k + 6]) for k in range(0, 576, 6)]
+    text = (DATA / "dialanine.prm").read_text()
+    (folder / "m.prm").write_text(text.replace("NONBONDED", "\n".join(lines) + "\n\nNONBONDED", 1))
+    structure.urey_bradleys.append(parmed.UreyBradley(atoms[0], atoms[2], parmed.BondType(*UREY_BRADLEY)))
+    improper = parmed.ImproperType(IMPROPER[0], np.rad2deg(IMPROPER[1]))
+    structure.impropers.append(parmed.Improper(*atoms[:4], improper))
+    structure.urey_bradley_types.append(structure.urey_bradleys[0].type)
+    structure.improper_types.append(improper)
+    parmed.amber.ChamberParm.from_structure(structure).write_parm(str(folder / "m.prmtop"))
+    return folder, np.array([a.idx for a in atoms])
+
+
+@pytest.mark.parametrize("source", ["psf", "prmtop"])
+def test_charmm_terms_reach_the_system(charmm_terms: tuple[Path, np.ndarray], source: str) -> None:
+    """CMAP of a psf and of a CHAMBER prmtop, Urey-Bradley and harmonic impropers of the latter: energies by hand."""
+    folder, atoms = charmm_terms
+    more = {"psf": {"parameters": "m.prm", "coordinates": "m.crd"}, "prmtop": {"coordinates": "m.rst7"}}[source]
+    molecule = build(base=folder, solvent="vacuum", **{source: f"m.{source}"}, **more)
+    plain = build(**CHARMM, solvent="vacuum")
+    positions = plain.positions + np.random.default_rng(0).normal(scale=0.005, size=plain.positions.shape)
+    frame = md.Trajectory(positions, plain.topology)
+    phi, psi = md.compute_dihedrals(frame, [atoms[:4], atoms[1:]])[0].tolist()
+    want = 4.184 * (2 * np.cos(phi) + np.sin(psi))
+    if source == "prmtop":
+        length = 10 * np.linalg.norm(positions[atoms[0]] - positions[atoms[2]])
+        turn = (phi - IMPROPER[1] + np.pi) % (2 * np.pi) - np.pi
+        want += 4.184 * (UREY_BRADLEY[0] * (length - UREY_BRADLEY[1]) ** 2 + IMPROPER[0] * turn**2)
+    found = evaluate(molecule.system, positions)[0] - evaluate(plain.system, positions)[0]
+    # The map is interpolated by splines from points 15 degrees apart (4e-4 of its size); a prmtop rounds charges to
+    # 2e-5 e, 0.008 kJ/mol here. 1-4 interactions of CHARMM have parameters of their own: ten times that if lost.
+    assert found == pytest.approx(want, abs=0.02)
+    assert abs(want) > 1.0

@@ -285,6 +285,25 @@ def test_selenomethionine_becomes_methionine(tmp_path: Path) -> None:
         build(tmp_path, repair=False)
 
 
+@pytest.mark.parametrize(("sequence", "modified", "standard"), [("ASA", "SEP", "SER"), ("AKA", "ALY", "LYS")])
+def test_a_modification_is_not_dropped_unasked(tmp_path: Path, sequence: str, modified: str, standard: str) -> None:
+    lines = [
+        rename(line, modified).replace("ATOM  ", "HETATM") if number_of(line) == 3 else line
+        for line in filter(is_heavy, make_pdb(sequence))
+    ]
+    write(tmp_path, lines)
+    with pytest.raises(
+        InputError, match=rf"{modified} 3 \(chain A\) is a modified {standard}, unknown.*replace: \[{modified}\]"
+    ) as caught:
+        build(tmp_path)
+    assert "cannot be repaired" not in str(caught.value)
+    molecule = build(tmp_path, replace=modified)
+    assert [r.name for r in molecule.topology.residues] == ["ACE", "ALA", standard, "ALA", "NME"]
+    assert molecule.provenance["changes"]["replaced"] == [f"{modified} 3 (chain A) by {standard}"]
+    with pytest.raises(InputError, match="no residue TPO to replace: expected one of ACE, ALA"):
+        build(tmp_path, replace=[modified, "TPO"])
+
+
 # --- chains ---
 
 

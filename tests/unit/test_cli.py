@@ -48,6 +48,17 @@ def test_exit_status(
     assert capsys.readouterr().err == said
 
 
+def test_what_typer_returns_is_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It turns Ctrl-C and its own Exit into return values."""
+    for status, said in ((130, "stopped; run the same command again to go on\n"), (1, "")):
+        monkeypatch.setattr(cli, "app", lambda status=status, **_: status)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert (ended.value.code, capsys.readouterr().err) == (status, said)
+
+
 def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**_: Any) -> None:
         raise ZeroDivisionError

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from openmm_hvpcg.atomistic.peptides import build_peptide
 from openmm_hvpcg.errors import MappingError
-from openmm_hvpcg.mapping import BeadMap, build_bead_map, contract_bonds
+from openmm_hvpcg.mapping import BeadMap, build_bead_map, check_species, contract_bonds
 
 DIALANINE = Path(__file__).resolve().parents[2] / "data" / "dialanine.pdb"
 
@@ -122,8 +122,46 @@ class TestPresets:
         assert build_bead_map("ca", bridged).bonds.tolist() == [[0, 1], [0, 2], [1, 2]]
 
     @pytest.mark.parametrize(
+        ("sequence", "bonds"),
+        [
+            ("AGA", "CA2-CB2 CA2-CA3 CA3-CA4 CA4-CB4"),
+            # Neither the ring of proline nor those of side chains join CB to anything but its CA.
+            ("APWP", "CA2-CB2 CA2-CA3 CA3-CB3 CA3-CA4 CA4-CB4 CA4-CA5 CA5-CB5"),
+            ("IVTF", "CA2-CB2 CA2-CA3 CA3-CB3 CA3-CA4 CA4-CB4 CA4-CA5 CA5-CB5"),
+        ],
+    )
+    def test_beta_carbons(self, sequence: str, bonds: str) -> None:
+        bead_map = build_bead_map("ca+cb", build_topology(sequence))
+        sites = [f"{n}{r[1]}" for r, n in zip(bead_map.residues, bead_map.names, strict=True)]
+        assert sorted(f"{sites[i]}-{sites[j]}" for i, j in bead_map.bonds) == sorted(bonds.split())
+        assert bead_map.species == tuple(f"{r[0]}:{n}" for r, n in zip(bead_map.residues, bead_map.names, strict=True))
+        assert "GLY:CB" not in bead_map.species
+        assert [r[0] for r in bead_map.residues if r[0] in ("ACE", "NME")] == []
+
+    def test_a_disulfide_joins_beta_carbons(self) -> None:
+        bridged = build_topology("CGC")
+        bridged.add_bond(*[a for a in bridged.atoms if a.name == "SG"])
+        bead_map = build_bead_map("ca+cb", bridged)
+        assert bead_map.names == ("CA", "CB", "CA", "CA", "CB")
+        assert bead_map.bonds.tolist() == [[0, 1], [0, 2], [1, 4], [2, 3], [3, 4]]
+
+    @pytest.mark.parametrize("name", ["C", "CH3"])
+    def test_caps_continue_the_trace(self, name: str) -> None:
+        """Force fields call the methyl carbon of NME C, PDB files CH3 or C."""
+        topology = build_topology("APA")
+        next(a for a in topology.atoms if a.residue.name == "NME" and a.name == "C").name = name
+        bead_map = build_bead_map("ca+caps", topology)
+        assert bead_map.species == ("ACE", "ALA", "PRO", "ALA", "NME")
+        assert bead_map.names == ("CH3", "CA", "CA", "CA", name)
+        assert bead_map.bonds.tolist() == [[0, 1], [1, 2], [2, 3], [3, 4]]
+        # Without caps it is the same as ca, species and all: potentials of one serve the other.
+        free = md.Topology.from_openmm(build_peptide("APA", caps=False)[0])
+        assert build_bead_map("ca+caps", free).hash == build_bead_map("ca", free).hash
+
+    @pytest.mark.parametrize(
         ("beads", "sequence", "species"),
         [
+            ("ca+cb", "AGA", ("N-ALA:CA", "N-ALA:CB", "GLY:CA", "C-ALA:CA", "C-ALA:CB")),
             ("ca", "AAGAA", ("N-ALA", "ALA", "GLY", "ALA", "C-ALA")),
             ("ca", "A", ("NC-ALA",)),
             ("name CA or name CB", "AGA", ("N-ALA:CA", "N-ALA:CB", "GLY:CA", "C-ALA:CA", "C-ALA:CB")),
@@ -152,7 +190,7 @@ class TestPresets:
 
     @pytest.mark.parametrize("beads", ["CA", "name CA or", "backbones", "5", "", "index 3 and 4", "import os", "(((("])
     def test_invalid_selection(self, topology: md.Topology, beads: str) -> None:
-        with pytest.raises(MappingError, match=r"not a preset \(ca, backbone, heavy\) or an mdtraj selection"):
+        with pytest.raises(MappingError, match=r"not a preset \(ca, ca\+cb, .*heavy\) or an mdtraj selection"):
             build_bead_map(beads, topology)
 
     def test_massless_site(self) -> None:
@@ -163,6 +201,21 @@ class TestPresets:
         with pytest.raises(MappingError, match=r"bead on the massless site HOH.-M"):
             build_bead_map("all", topology)
         assert build_bead_map("name O", topology).n_beads == 1
+
+
+class TestSpecies:
+    def test_what_no_training_molecule_has_is_named(self) -> None:
+        maps = {name: build_bead_map("ca", build_topology(name)) for name in ("AG", "GV", "AV", "AWY")}
+        check_species({k: maps[k] for k in ("AG", "GV", "AV")}, ["AG", "GV"])
+        with pytest.raises(MappingError, match=r"molecule AWY: .* species TRP, TYR\. .*add a training molecule"):
+            check_species(maps, ["AG", "GV"])
+        with pytest.raises(MappingError, match=r"molecule GV: .* species GLY, VAL"):
+            check_species({k: maps[k] for k in ("GV", "AWY")}, ["AWY"])
+
+    @pytest.mark.parametrize("species", ["*", "*:CA", "", "A|B"])
+    def test_what_would_read_as_another_key(self, species: str) -> None:
+        with pytest.raises(MappingError, match="unusable species"):
+            build_chain_map(species=("A", species, "A"))
 
 
 class TestContraction:

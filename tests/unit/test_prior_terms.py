@@ -21,6 +21,7 @@ from openmm_hvpcg.prior_terms import (
     build_prior_geometry,
     chain_key,
     improper_key,
+    list_keys,
 )
 
 TERMS = ("bonds", "angles", "dihedrals", "impropers", "pairs")
@@ -131,6 +132,36 @@ class TestKeys:
         assert chain_key(("A", "D", "B", "A")) == "A|B|D|A"
         assert improper_key(("C", "B", "A", "D")) == "C|B|A|D"
 
+    @pytest.mark.parametrize(
+        ("term", "species", "keys"),
+        [
+            ("bonds", "B A", ["A|B", "*"]),
+            ("angles", "C A B", ["B|A|C", "*|A|*", "*"]),
+            ("dihedrals", "D C B A", ["A|B|C|D", "*|B|C|*", "*"]),
+            ("impropers", "C B A D", ["C|B|A|D", "C|*|*|*", "*"]),
+            ("repulsion", "B A", ["A|B", "*"]),
+            # Species that name an atom: a bond of CA to CB is never given the parameters of one of CA to CA.
+            ("bonds", "V:CB V:CA", ["V:CA|V:CB", "*:CA|*:CB", "*"]),
+            ("angles", "V:CB V:CA G:CA", ["G:CA|V:CA|V:CB", "*:CA|V:CA|*:CB", "*:CA|*:CA|*:CB", "*"]),
+            (
+                "dihedrals",
+                "V:CB V:CA G:CA S:CA",
+                ["S:CA|G:CA|V:CA|V:CB", "*:CA|G:CA|V:CA|*:CB", "*:CA|*:CA|*:CA|*:CB", "*"],
+            ),
+            ("impropers", "V:CA G:CA V:CB", ["V:CA|G:CA|V:CB", "V:CA|*:CA|*:CB", "*:CA|*:CA|*:CB", "*"]),
+            ("repulsion", "V:CB X", ["V:CB|X", "*|*:CB", "*"]),
+            # Caps are a kind of their own, but for repulsion.
+            ("bonds", "ACE V", ["ACE|V", "*|ACE", "*"]),
+            ("angles", "ACE V G", ["ACE|V|G", "*|V|ACE", "*|*|ACE", "*"]),
+            ("repulsion", "ACE NME", ["ACE|NME", "*"]),
+        ],
+    )
+    def test_from_specific_to_general(self, term: str, species: str, keys: list[str]) -> None:
+        names = species.split()
+        assert list_keys(term, names) == keys
+        if term != "impropers":
+            assert list_keys(term, names[::-1]) == keys
+
 
 PARAMETERS = PriorParameters(
     bonds={"A|B": (10.0, 0.3), "B|B": (20.0, 0.4)},
@@ -164,18 +195,23 @@ class TestAssignment:
         terms = assign_prior_terms(PARAMETERS, tuple("A"), np.empty((0, 2), dtype=np.int64))
         assert [len(getattr(terms, name)) for name in TERMS] == [0] * 5
 
-    def test_unseen_species_get_the_general_parameters_and_a_warning(self, caplog: pytest.LogCaptureFixture) -> None:
-        with caplog.at_level(logging.WARNING, "openmm_hvpcg"):
-            terms = assign_prior_terms(PARAMETERS, tuple("ABB"), CHAIN[:2])
+    def test_the_most_specific_parameters_there_are(self, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.DEBUG, "openmm_hvpcg"):
+            assign_prior_terms(PARAMETERS, tuple("ABB"), CHAIN[:2])
         assert not caplog.records
-        parameters = PriorParameters(bonds={**PARAMETERS.bonds, ANY: (7.0, 0.7)}, angles=PARAMETERS.angles)
-        with caplog.at_level(logging.WARNING, "openmm_hvpcg"):
-            terms = assign_prior_terms(parameters, tuple("ABC"), CHAIN[:2])
-        assert terms.bonds.tolist() == [[10.0, 0.3], [7.0, 0.7]]
-        assert terms.angles.tolist() == [[2.0, -0.2]]
-        texts = [record.getMessage() for record in caplog.records]
-        assert any(t.startswith("bond parameters") and "B|C" in t and "A|B" not in t for t in texts)
-        assert any(t.startswith("angle parameters") and "A|B|C" in t for t in texts)
+        parameters = PriorParameters(
+            bonds={**PARAMETERS.bonds, ANY: (7.0, 0.7)},
+            angles={**PARAMETERS.angles, "*|C|*": (3.0, -0.3)},
+            dihedrals={**PARAMETERS.dihedrals, "*|B|C|*": DIHEDRAL[::-1]},
+        )
+        with caplog.at_level(logging.DEBUG, "openmm_hvpcg"):
+            terms = assign_prior_terms(parameters, tuple("ABCB"), CHAIN)
+        assert terms.bonds.tolist() == [[10.0, 0.3], [7.0, 0.7], [7.0, 0.7]]
+        assert terms.angles.tolist() == [[2.0, -0.2], [3.0, -0.3]]
+        assert terms.dihedrals.tolist() == [list(DIHEDRAL[::-1])]
+        (record,) = caplog.records
+        assert record.levelno == logging.DEBUG
+        assert record.getMessage().endswith("2 of 3 bonds, 2 of 2 angles, 1 of 1 dihedrals")
 
     @pytest.mark.parametrize(
         ("species", "message"),

@@ -87,7 +87,13 @@ def test_done_needs_record_and_output(study: Study) -> None:
         ("train", "x", "labels.seed=5", ["labels.seed (2 -> 5)"]),
         ("train", "x", "model.features=9", ["model.features (64 -> 9)"]),
         ("train", "y", "model.features=9", []),
-        ("train", "x", "molecules.2.role=test", ["molecules trained on (['a', 'r'] -> ['a'])"]),
+        (
+            *("train", "x", "molecules.2.role=test"),
+            # With one molecule left no prior can ask for two.
+            ["priors.min_molecules (2 -> 1)", "molecules trained on (['a', 'r'] -> ['a'])"],
+        ),
+        ("train", "x", "priors.min_molecules=1", ["priors.min_molecules (2 -> 1)"]),
+        ("train", "x", "priors.min_molecules=9", []),
         ("train", "x", "training.arms.1.learning_rate=0.1", []),
         ("simulate", "x/t", "training.seed=5", ["training.seed (3 -> 5)"]),
         ("simulate", "x/t", "simulation.n_steps=500", ["simulation.n_steps (100000 -> 500)"]),
@@ -116,7 +122,7 @@ def test_records_of_older_versions(study: Study, protocol: Path) -> None:
     finish(study, "label", "a")
     path = study._record_path("label", "a")
     old = {k: v for k, v in read_record(path).items() if k not in BEFORE}
-    later = ("training.", "reference.")
+    later = ("training.", "reference.", "priors.", "simulation.")
     assert len(old) == len(read_record(path)) - sum(not key.startswith(later) for key in BEFORE)
     write_json(path, old)
     assert study.find_changes("label", "a") == []
@@ -124,6 +130,16 @@ def test_records_of_older_versions(study: Study, protocol: Path) -> None:
     opened = open_study(protocol, protocol.parent / "fresh", ["sampling.flexible_beads=true"])
     changed = Study(opened.protocol, study.base, study.out)
     assert changed.find_changes("label", "a") == ["sampling.flexible_beads (False -> True)"]
+
+
+@pytest.mark.parametrize("role", ["train", "test"])
+def test_priors_of_older_versions(protocol: Path, role: str) -> None:
+    """They were fitted for every combination of species: with one molecule they still are, with more no longer."""
+    study = open_study(protocol, protocol.parent / "out", [f"molecules.2.role={role}"])
+    finish(study, "train", "x")
+    path = study._record_path("train", "x")
+    write_json(path, {k: v for k, v in read_record(path).items() if k != "priors.min_molecules"})
+    assert study.find_changes("train", "x") == (["priors.min_molecules (1 -> 2)"] if role == "train" else [])
 
 
 def test_a_reference_that_is_there_suits_a_protocol_without_the_section(study: Study, protocol: Path) -> None:
@@ -176,6 +192,41 @@ def test_a_changed_input_file(study: Study) -> None:
     assert study.find_changes("sample", "a") == ["file a.pdb (its contents changed)"]
     (study.base / "a.pdb").unlink()
     assert study.find_changes("sample", "a") == ["file a.pdb (missing)"]
+
+
+def test_a_changed_file_that_a_topology_includes(study: Study, protocol: Path) -> None:
+    (study.base / "a.top").write_text('#include "ff/types.itp"\n')
+    (study.base / "ff").mkdir()
+    (study.base / "ff" / "types.itp").write_text("one")
+    content = {**PROTOCOL, "molecules": [{"name": "g", "input": {"top": "a.top", "coordinates": "a.gro"}}]}
+    protocol.write_text(yaml.safe_dump(content))
+    opened = open_study(protocol, study.out)
+    finish(opened, "sample", "g")
+    assert opened.find_changes("sample", "g") == []
+    (study.base / "ff" / "types.itp").write_text("another")
+    assert opened.find_changes("sample", "g") == ["file ff/types.itp (its contents changed)"]
+
+
+def test_frames_chosen_before_there_was_a_choice(study: Study, protocol: Path) -> None:
+    """All were taken. Those chosen by cluster depend on the beads."""
+    key, fresh = "molecules.2.input.trajectory", protocol.parent / "fresh"
+
+    def change(*overrides: str) -> Study:
+        opened = open_study(protocol, fresh, [f"{key}=a.dcd", *overrides])
+        return Study(opened.protocol, opened.base, study.out)
+
+    finish(change(), "sample", "r")
+    path = study._record_path("sample", "r")
+    write_json(path, {k: v for k, v in read_record(path).items() if ".trajectory_" not in k or k.endswith("_ps")})
+    assert change().find_changes("sample", "r") == []
+    chosen = change(f"{key}_frames=9", f"{key}_choice=cluster")
+    assert chosen.find_changes("sample", "r") == [
+        "r.input.trajectory_frames (None -> 9)",
+        "r.input.trajectory_choice (time -> cluster)",
+    ]
+    finish(chosen, "sample", "r")
+    other = change(f"{key}_frames=9", f"{key}_choice=cluster", "mapping.beads=heavy")
+    assert other.find_changes("sample", "r") == ["mapping.beads (ca -> heavy)"]
 
 
 def test_what_was_begun_counts_once_it_has_an_output(study: Study, protocol: Path) -> None:

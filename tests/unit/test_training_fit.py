@@ -21,12 +21,14 @@ from openmm_hvpcg.errors import DataError, PotentialError, StudyError
 from openmm_hvpcg.potential import load_potential, save_potential
 from openmm_hvpcg.training import fit as fit_module
 from openmm_hvpcg.training import matching as matching_module
+from openmm_hvpcg.training.batches import BatchIndex, FrameBatches
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.evaluation import choose_network_share
 from openmm_hvpcg.training.export import export_potential, script_potential
-from openmm_hvpcg.training.fit import MatchingModule, fit_potential, load_fit
+from openmm_hvpcg.training.fit import fit_potential, load_fit
 from openmm_hvpcg.training.losses import compute_hvp_target, force_loss, hvp_loss
-from openmm_hvpcg.training.models.registry import scale_energy
+from openmm_hvpcg.training.matching import MatchingModule
+from openmm_hvpcg.training.models.registry import build_network, scale_energy
 from openmm_hvpcg.training.models.total import TotalEnergy
 from openmm_hvpcg.training.preparation import Prepared, prepare
 
@@ -165,6 +167,78 @@ def test_two_molecules_train_one_potential(tmp_path):
     assert result.metrics["n_frames"] == 144
 
 
+def build_two(settings=SETTINGS, mixed=True) -> Prepared:
+    """Two molecules of as many beads, other species, other numbers of frames and probes, other own shares."""
+    first, second = build_labels(100, name="one", force_noise=30.0), build_labels(80, 2, 30.0, seed=3, name="two")
+    second = replace(second, bead_map=replace(second.bead_map, species=tuple("BBACA")))
+    return prepare([first, second], settings, MODEL, PRIORS, {}, mixed=mixed)
+
+
+@pytest.mark.parametrize("kind", ["schnet", "painn"])
+@pytest.mark.parametrize("whitening", ["none", "noise"])
+def test_mixed_batch_has_the_mean_loss_of_its_molecules(kind, whitening):
+    """The losses, and their gradients by the weights, of one batch of 3 and 5 frames and of one batch for each."""
+    settings = change(whiten=whitening, covariance="pooled")
+    prepared = build_two(settings)
+    assert prepared.molecules[0].own_share != prepared.molecules[1].own_share
+    torch.manual_seed(2)
+    network = build_network(3, MODEL.model_copy(update={"kind": kind}), KT)
+    torch.nn.init.normal_(network.readout[-1].weight)
+    module = MatchingModule(network, settings, prepared)
+    batches = FrameBatches(prepared.groups)
+    molecules, frames = np.repeat([1, 0], [3, 5]), np.array([70, 2, 30, 4, 60, 61, 9, 33])
+    probes = np.array([[1], [0], [0], [2], [1], [0], [2], [1]])
+
+    def compute(rows: slice) -> tuple[float, float, torch.Tensor]:
+        batch = batches[BatchIndex(molecules[rows], frames[rows], probes[rows])]
+        assert batch.species.shape == (len(batch.positions), 5)
+        force, hvp = module.compute_losses(batch, True, create_graph=True)
+        weights = [p for p in network.parameters() if p is not network.readout[-1].bias]
+        gradients = torch.autograd.grad(module.combine(force, hvp), weights, allow_unused=True)
+        return force.item(), hvp.item(), torch.cat([g.flatten() for g in gradients if g is not None])
+
+    both, first, second = (compute(rows) for rows in (slice(8), slice(3), slice(3, 8)))
+    for whole, a, b in zip(both, first, second, strict=True):
+        # Float32 sums in another order.
+        expected = torch.as_tensor((3 * a + 5 * b) / 8)
+        torch.testing.assert_close(torch.as_tensor(whole), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    alone = FrameBatches(build_two(settings, mixed=False).groups)
+    batch = alone[BatchIndex(molecules[:3], frames[:3], probes[:3])]
+    assert batch.species.shape == (5,)
+    force, hvp = module.compute_losses(batch, True, create_graph=False)
+    assert (float(force), float(hvp)) == pytest.approx(first[:2], rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "mixed"), [("painn", True), ("my_network:MyNetwork", False)])
+def test_batches_mix_molecules_where_the_network_can(tmp_path, monkeypatch, kind, mixed):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "contract"))
+    seen = []
+    genuine = MatchingModule.training_step
+
+    def record(self, batch, index):
+        seen.append(batch.species.ndim)
+        return genuine(self, batch, index)
+
+    monkeypatch.setattr(MatchingModule, "training_step", record)
+    data = [build_labels(100, name="one"), build_labels(80, seed=3, name="two")]
+    model = ModelSettings(kind=kind, features=8, radial=8, cutoff_nm=0.8)
+    result = fit_potential(data, change(max_epochs=1), model, PRIORS, tmp_path, progress=False)
+    assert set(seen) == {2 if mixed else 1}
+    # 80 and 64 training frames, 32 a batch: together, or each for itself.
+    assert len(seen) == 5
+    assert np.isfinite(result.metrics["hvp_rmse_validation"])
+
+
+def test_fewer_frames_of_each_molecule(tmp_path):
+    """The training is that on the frames chosen, and says which dataset they are from."""
+    data = build_labels(200, name="one")
+    result = fit_potential([data], change(frames_per_molecule=60), MODEL, PRIORS, tmp_path / "few", progress=False)
+    assert result.metrics["n_frames"] + result.metrics["n_validation_frames"] == 60
+    assert result.spec.datasets == {"one": data.hash}
+    same = fit_potential([data.thin(60)], SETTINGS, MODEL, PRIORS, tmp_path / "same", progress=False)
+    assert result.curves == same.curves
+
+
 def test_unusable_data_are_refused(tmp_path):
     data = build_labels(100)
     with pytest.raises(DataError, match="different temperatures"):
@@ -266,7 +340,7 @@ def test_mean_pooled_target_is_the_hessian():
     data = build_labels(2000, force_noise=100.0)
     prepared = prepare_labels(data, change(validation_fraction=0.5))
     noise = get_noise(data)
-    prepared.pool_covariances([noise])
+    prepared.pool_covariances([noise[torch.from_numpy(prepared.pooling[0])]])
     excess, m = compute_excess(prepared, data, noise), prepared.molecules[0]
     axes = prepared.pooled[0].axes(m.positions.double()).float()
     v, e = (torch.einsum("tbix,tpbx->tpbi", axes, a).flatten(2) for a in (m.probes, excess))

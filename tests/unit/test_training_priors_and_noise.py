@@ -6,7 +6,8 @@ from training_cases import KT, REST, build_labels, build_map
 
 from openmm_hvpcg.config import PriorSettings
 from openmm_hvpcg.errors import DataError
-from openmm_hvpcg.training.fit_priors import MIN_FRAMES, fit_priors
+from openmm_hvpcg.prior_terms import ANY, assign_prior_terms
+from openmm_hvpcg.training.fit_priors import MIN_FRAMES, SIGMA_FACTOR, fit_priors
 from openmm_hvpcg.training.noise import estimate_noise
 
 
@@ -80,6 +81,87 @@ def test_too_few_frames_are_refused():
     data = build_labels(MIN_FRAMES - 1)
     with pytest.raises(DataError, match=f"at least {MIN_FRAMES} training frames, got {MIN_FRAMES - 1}"):
         fit_priors([(data.bead_map, data.positions)], PriorSettings(), 300.0)
+
+
+CHAIN = [[0, 1], [1, 2], [2, 3]]
+
+
+def draw_chain(seed: int, n: int = 400, bond: float = 0.3) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return place_chain(rng.normal(bond, 0.01, n), rng.normal(-0.4, 0.05, n), rng.vonmises(0.8, 2.0, n))
+
+
+def test_what_one_molecule_alone_has_is_shared_in_training_as_it_is_for_the_unseen(caplog):
+    """Bonds 0-1 of ABCD, ABCE and FBCD differ in length; A|B is in two molecules, F|B in one."""
+    molecules = [
+        (build_map("ABCD", CHAIN), draw_chain(0)),
+        (build_map("ABCE", CHAIN), draw_chain(1)),
+        (build_map("FBCD", CHAIN), draw_chain(2, bond=0.5)),
+    ]
+    with caplog.at_level("INFO", "openmm_hvpcg"):
+        shared = fit_priors(molecules, PriorSettings(), 300.0)
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    assert record.getMessage().endswith("own: 7 of 9 bonds, 4 of 6 angles, 0 of 3 dihedrals")
+    assert set(shared.bonds) == {"A|B", "B|C", "C|D", ANY}
+    assert set(shared.angles) == {"A|B|C", "B|C|D", "*|B|*", "*|C|*", ANY}
+    assert set(shared.dihedrals) == {"*|B|C|*", ANY}
+    assert set(fit_priors(molecules, PriorSettings(min_molecules=3), 300.0).bonds) == {"B|C", ANY}
+    # A training molecule's own rare bond, and those of a molecule never seen, have the same parameters.
+    trained = assign_prior_terms(shared, tuple("FBCD"), np.array(CHAIN))
+    unseen = assign_prior_terms(shared, tuple("GBCH"), np.array(CHAIN))
+    assert trained.bonds[0].tolist() == unseen.bonds[0].tolist() == list(shared.bonds[ANY])
+    assert trained.angles[0].tolist() == unseen.angles[0].tolist() == list(shared.angles["*|B|*"])
+    assert trained.dihedrals.tolist() == unseen.dihedrals.tolist() == [list(shared.dihedrals["*|B|C|*"])]
+    # Every combination for itself, as before there was a choice.
+    each = fit_priors(molecules, PriorSettings(min_molecules=1), 300.0)
+    assert assign_prior_terms(each, tuple("FBCD"), np.array(CHAIN)).bonds[0, 1] == pytest.approx(0.5, abs=0.003)
+    # The rare bond had its say in what is shared: of nine bonds eight are 0.3 nm.
+    assert shared.bonds[ANY][1] == pytest.approx((8 * 0.3 + 0.5) / 9, abs=0.001)
+
+
+def test_one_molecule_keeps_its_own_parameters():
+    molecules = [(build_map("ABCD", CHAIN), draw_chain(0))]
+    found = fit_priors(molecules, PriorSettings(), 300.0)
+    assert found == fit_priors(molecules, PriorSettings(min_molecules=1), 300.0)
+    assert {"A|B", "B|C", "C|D"} < set(found.bonds)
+    assert "A|B|C|D" in found.dihedrals
+
+
+def test_a_longer_trajectory_counts_no_more():
+    """Two molecules, one with ten times the frames: means in the middle, and the variance that of the mixture."""
+    molecules = [
+        (build_map("ABCD", CHAIN), draw_chain(0, n=4000, bond=0.3)),
+        (build_map("ABCD", CHAIN), draw_chain(1, n=400, bond=0.4)),
+    ]
+    k, r0 = fit_priors(molecules, PriorSettings(), 300.0).bonds["A|B"]
+    assert r0 == pytest.approx(0.35, abs=0.002)  # five standard errors of the smaller mean, halved
+    assert KT / k == pytest.approx(0.01**2 + 0.05**2, rel=0.05)
+    phi = fit_priors(molecules, PriorSettings(), 300.0).dihedrals["A|B|C|D"]
+    np.testing.assert_allclose(phi[0], -2 * KT * np.cos(0.8), atol=0.3 * KT)  # noise of the 400 frames' histogram
+
+
+def test_shared_repulsion_pushes_nothing_apart_that_training_saw_together():
+    """Five beads: the ends repel. In one molecule, whose ends no other has, they come much closer."""
+
+    def stretch(seed: int, distance: float) -> np.ndarray:
+        x = draw_chain(seed)
+        rng = np.random.default_rng(seed)
+        last = x[:, :1] + [[[0.0, 0.0, distance]]] + 0.005 * rng.standard_normal((len(x), 1, 3))
+        return np.concatenate([x, last], axis=1)
+
+    bonds = [*CHAIN, [3, 4]]
+    far = [(build_map("ABCDA", bonds), stretch(seed, 0.5)) for seed in range(20)]
+    rare = stretch(99, 0.35)
+    found = fit_priors([*far, (build_map("EBCDF", bonds), rare)], PriorSettings(), 300.0)
+    # Not even pairs of twenty molecules keep a sigma of their own: an unseen one may bring them closer.
+    assert set(found.repulsion) == {ANY}
+    closest = np.linalg.norm(rare[:, 4] - rare[:, 0], axis=-1).min()
+    # A quantile of 0.1 % of 400 frames lies just above the least; sigma is SIGMA_FACTOR times it.
+    assert found.repulsion[ANY][0] == pytest.approx(SIGMA_FACTOR * closest, rel=0.02)
+    each = fit_priors([*far, (build_map("EBCDF", bonds), rare)], PriorSettings(min_molecules=1), 300.0)
+    assert each.repulsion["E|F"] == found.repulsion[ANY]
+    assert each.repulsion["A|A"][0] > 0.5
 
 
 def test_noise_estimate_recovers_known_noise():

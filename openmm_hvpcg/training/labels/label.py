@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +31,12 @@ from openmm_hvpcg.storage import (
 )
 from openmm_hvpcg.training.dataset import FORMAT_VERSION, KIND, LabelledFrames, load_dataset
 from openmm_hvpcg.training.labels.averaging import average_labels, split_by_fold
+from openmm_hvpcg.training.labels.cost import state_cost
 from openmm_hvpcg.training.labels.force_maps import FITTED, ForceMap, split_in_blocks
 from openmm_hvpcg.training.labels.frame_maps import FrameMaps, MapSample, compare_force_maps
 from openmm_hvpcg.training.labels.held import Chains, HeldSampler, Starts, find_held_atoms
 from openmm_hvpcg.training.labels.hvp import StepScan, scan_step
-from openmm_hvpcg.training.labels.oracle import ForceOracle
+from openmm_hvpcg.training.labels.oracle import ForceOracle, count_copies
 from openmm_hvpcg.training.labels.probes import ProbeLaw, draw_probes
 from openmm_hvpcg.training.labels.sources import check_sizes, choose_frames, describe_sources, open_unfinished
 
@@ -116,6 +117,39 @@ def label_frames(
     StudyError
         ``path`` holds labels made from something else; it says from what.
     """
+    label_chunks(system, frames, bead_map, settings, path, progress=progress)
+    return load_dataset(path, bead_map)
+
+
+def label_chunks(
+    system: AtomisticSystem,
+    frames: Frames,
+    bead_map: BeadMap,
+    settings: LabelSettings,
+    path: PathLike,
+    chunks: Sequence[int] | None = None,
+    *,
+    progress: bool = True,
+) -> list[int]:
+    """Label some chunks of ``CHUNK_FRAMES`` frames only, for :func:`label_frames` to finish.
+
+    Calls with different chunks may run at once, on different machines with one file system, after a call with none
+    has begun the dataset: no two chunks share a file.
+
+    Parameters
+    ----------
+    system, frames, bead_map, settings, path, progress : those of :func:`label_frames`, the same in all calls
+    chunks : indices; an empty list only begins the dataset; None: all
+
+    Returns
+    -------
+    list of int, the chunks that were not labelled when this was called
+
+    Raises
+    ------
+    InputError, MappingError, StudyError
+        As :func:`label_frames`.
+    """
     check_sizes(system, frames, bead_map)
     if settings.averaging is not None:
         find_held_atoms(system, bead_map)
@@ -132,15 +166,18 @@ def label_frames(
         threads=1,
     )
     with ForceOracle(
-        system.system, platform.name, platform.properties, _count_workers(platform.name, settings.workers)
+        system.system,
+        platform.name,
+        platform.properties,
+        _count_workers(platform.name, settings.workers),
+        count_copies(system.system, platform.name),
     ) as oracle:
         job = _Job(system, frames, bead_map, settings, chosen, oracle)
         if Path(path).exists():
             group = open_unfinished(path, KIND, FORMAT_VERSION, "labels", made_from, LABELS_BEFORE)
         else:
             group = _create(job, path, made_from, platform)
-        _fill(job, group, path, progress)
-    return load_dataset(path, bead_map)
+        return _fill(job, group, path, chunks, progress)
 
 
 def _count_workers(platform: str, asked: int | str) -> int:
@@ -158,7 +195,10 @@ def _create(job: _Job, path: PathLike, made_from: dict[str, Any], platform: Plat
     fold = split_in_blocks(n_frames)
     rows = choose_frames(n_frames, FORCE_MAP_FRAMES)
     part = job.take(rows, 1)
+    began = time.perf_counter()
     forces = job.oracle(part.positions.astype(np.float64), part.box)
+    rate = len(rows) / (time.perf_counter() - began)
+    cost = state_cost(job.system, job.bead_map, n_frames * _count_calls(job), rate)
     sample = MapSample(job.system, job.bead_map, forces, fold[rows])
     force_map, frame_maps = sample.fit(settings.force_map)
     scan = _choose_step(job, force_map)
@@ -193,8 +233,14 @@ def _create(job: _Job, path: PathLike, made_from: dict[str, Any], platform: Plat
             "map_comparison": 2 * len(few) * len(comparison),
             "labels": n_frames * _count_calls(job),
         },
+        "cost": cost,
         "seed": settings.seed,
-        "platform": {"name": platform.name, "properties": platform.properties, "workers": job.oracle.n_workers},
+        "platform": {
+            "name": platform.name,
+            "properties": platform.properties,
+            "workers": job.oracle.n_workers,
+            "copies": job.oracle.n_copies,
+        },
         "openmm_version": openmm.version.version,
         "made_from": made_from,
         "system": job.system.provenance,
@@ -259,13 +305,17 @@ def _choose_step(job: _Job, force_map: ForceMap) -> StepScan:
     return scan
 
 
-def _fill(job: _Job, group: Any, path: PathLike, progress: bool) -> None:
+def _fill(job: _Job, group: Any, path: PathLike, only: Sequence[int] | None, progress: bool) -> list[int]:
+    """Label the chunks that are to do, or those of them in ``only``; returns all that were to do."""
     n_frames = len(job.chosen)
     done = read_array(group, "done", path).astype(bool)
     maps = FrameMaps.read(group, path)
     step_nm = float(group.attrs["finite_difference"]["step_nm"])
-    starts = [s for s in range(0, n_frames, CHUNK_FRAMES) if not done[s : s + CHUNK_FRAMES].all()]
-    if done.any() and starts:
+    left = [k for k in range(-(-n_frames // CHUNK_FRAMES)) if not done[k * CHUNK_FRAMES :][:CHUNK_FRAMES].all()]
+    if only is not None and not only:
+        return left
+    starts = [k * CHUNK_FRAMES for k in left if only is None or k in only]
+    if done.any() and starts and only is None:
         logger.info("%s: %d of %d frames are labelled already", path, int(done.sum()), len(done))
     began, calls = time.perf_counter(), 0
     chunks = [slice(start, min(start + CHUNK_FRAMES, n_frames)) for start in starts]
@@ -280,6 +330,7 @@ def _fill(job: _Job, group: Any, path: PathLike, progress: bool) -> None:
             advance(rows.stop - rows.start)
     if calls:
         logger.info("%s: %.0f force calls/s", path, calls / (time.perf_counter() - began))
+    return left
 
 
 def _count_calls(job: _Job) -> int:

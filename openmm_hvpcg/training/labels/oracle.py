@@ -10,9 +10,14 @@ import numpy as np
 import openmm
 from numpy.typing import NDArray
 
+from openmm_hvpcg.atomistic.crowd import build_crowd
 from openmm_hvpcg.atomistic.periodic import label_molecules
+from openmm_hvpcg.atomistic.platforms import GPU_PLATFORMS
 from openmm_hvpcg.errors import InputError
 from openmm_hvpcg.frames import find_not_finite
+
+#: Atoms that keep a GPU busy. With more of them, molecules stand so far out that single precision costs digits.
+CROWD_ATOMS = 16000
 
 
 class ForceOracle:
@@ -27,24 +32,42 @@ class ForceOracle:
     platform : name of the OpenMM platform
     properties : platform properties
     workers : Contexts working at once
+    copies : configurations a Context computes in one call, as molecules of one System that do not feel each other; see
+        :func:`count_copies`
     """
 
     def __init__(
-        self, system: openmm.System, platform: str, properties: dict[str, str] | None = None, workers: int = 1
+        self,
+        system: openmm.System,
+        platform: str,
+        properties: dict[str, str] | None = None,
+        workers: int = 1,
+        copies: int = 1,
     ) -> None:
         chosen = openmm.Platform.getPlatformByName(platform)
+        self._crowd = build_crowd([system] * copies) if copies > 1 else None
         self.n_atoms = system.getNumParticles()
         masses = [system.getParticleMass(i)._value for i in range(self.n_atoms)]
         self._massless = np.flatnonzero(np.asarray(masses) == 0)
         self._has_virtual_sites = any(system.isVirtualSite(i) for i in self._massless.tolist())
         self._contexts = [
-            openmm.Context(system, openmm.VerletIntegrator(0.001), chosen, properties or {}) for _ in range(workers)
+            openmm.Context(
+                system if self._crowd is None else self._crowd.system,
+                openmm.VerletIntegrator(0.001),
+                chosen,
+                properties or {},
+            )
+            for _ in range(workers)
         ]
         self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
 
     @property
     def n_workers(self) -> int:
         return len(self._contexts)
+
+    @property
+    def n_copies(self) -> int:
+        return 1 if self._crowd is None else self._crowd.n_molecules
 
     def __call__(self, positions: NDArray[Any], boxes: NDArray[Any] | None = None) -> NDArray[np.float64]:
         """Forces (n, A, 3) kJ/mol/nm of positions (n, A, 3) nm in boxes (n, 3, 3) nm or None.
@@ -83,6 +106,10 @@ class ForceOracle:
         start: int,
         stop: int,
     ) -> None:
+        if self._crowd is not None:
+            for first in range(start, stop, self.n_copies):
+                self._fill_at_once(context, positions[first : min(first + self.n_copies, stop)], forces[first:stop])
+            return
         for i in range(start, stop):
             if boxes is not None:
                 context.setPeriodicBoxVectors(*boxes[i].astype(np.float64))
@@ -90,6 +117,17 @@ class ForceOracle:
             if self._has_virtual_sites:
                 context.computeVirtualSites()
             forces[i] = context.getState(getForces=True).getForces(asNumpy=True)._value
+
+    def _fill_at_once(self, context: openmm.Context, positions: NDArray[Any], forces: NDArray[np.float64]) -> None:
+        """Forces of at most as many configurations as there are copies; the copies left over repeat the last."""
+        crowd, n = self._crowd, len(positions)
+        if crowd is None:
+            return
+        index = np.minimum(np.arange(crowd.n_molecules), n - 1)
+        centred = positions.astype(np.float64) - positions.mean(axis=1, keepdims=True, dtype=np.float64)
+        context.setPositions((centred[index] + crowd.places[:, None]).reshape(-1, 3))
+        found = context.getState(getForces=True).getForces(asNumpy=True)._value
+        forces[:n] = found.reshape(crowd.n_molecules, -1, 3)[:n]
 
     def close(self) -> None:
         """Stop the threads and free the Contexts."""
@@ -102,6 +140,18 @@ class ForceOracle:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def count_copies(system: openmm.System, platform: str) -> int:
+    """How many configurations to compute in one call: many of a small molecule on a GPU, elsewhere one."""
+    copies = CROWD_ATOMS // system.getNumParticles()
+    if platform not in GPU_PLATFORMS or copies < 2:
+        return 1
+    try:
+        build_crowd([system])
+    except InputError:
+        return 1
+    return copies
 
 
 def find_rigid_clusters(system: openmm.System) -> NDArray[np.int64]:

@@ -61,9 +61,7 @@ def check_model(network: nn.Module, species: Tensor, cutoff_nm: float, name: str
     PotentialError
         The first thing that does not hold.
     """
-    with torch.random.fork_rng(devices=[]), _foreign_code(name, "copying it"):
-        torch.manual_seed(SEED)
-        moved = _move_weights(copy.deepcopy(network).cpu().double())
+    moved = _copy_moved(network, name)
     frames = _sample_chains(len(species), cutoff_nm)
     species = species.cpu()
     _check_output(moved, species, frames, name)
@@ -83,6 +81,31 @@ def check_model(network: nn.Module, species: Tensor, cutoff_nm: float, name: str
         )
 
 
+def takes_many_molecules(
+    network: nn.Module, n_beads: int, n_species: int, cutoff_nm: float, name: str = "the network"
+) -> bool:
+    """Whether a network that keeps the contract also takes species (F, B), another molecule in every frame.
+
+    Parameters
+    ----------
+    network, cutoff_nm, name : as for :func:`check_model`
+    n_beads : of the molecules it is tried on
+    n_species : the network knows
+    """
+    moved = _copy_moved(network, name)
+    frames = _sample_chains(n_beads, cutoff_nm)
+    many = torch.randint(n_species, (N_FRAMES, n_beads), generator=torch.Generator().manual_seed(SEED))
+    with torch.no_grad():
+        single = torch.cat([moved(frame, kinds) for frame, kinds in zip(frames.split(1), many, strict=True)])
+        try:
+            energies = moved(frames, many)
+            _check_same(energies, single, "many molecules at once give other energies", name)
+        except Exception as error:  # anything that code which is not ours may raise
+            logger.info("%s does not take many molecules at once (%s): batches hold one each", name, error)
+            return False
+    return energies.shape == single.shape
+
+
 @contextlib.contextmanager
 def _foreign_code(name: str, what: str, hint: str | None = None) -> Iterator[None]:
     """Code that is not ours may raise anything; what it raises becomes a :class:`PotentialError`."""
@@ -94,6 +117,13 @@ def _foreign_code(name: str, what: str, hint: str | None = None) -> Iterator[Non
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0] if lines else ''}"
         raise PotentialError(f"{what} failed ({reason})", where=name, hint=hint) from error
+
+
+def _copy_moved(network: nn.Module, name: str) -> nn.Module:
+    """A copy in double precision with its weights moved."""
+    with torch.random.fork_rng(devices=[]), _foreign_code(name, "copying it"):
+        torch.manual_seed(SEED)
+        return _move_weights(copy.deepcopy(network).cpu().double())
 
 
 def _move_weights(network: nn.Module) -> nn.Module:

@@ -110,12 +110,12 @@ class PaiNN(nn.Module):
         self.register_buffer("energy_scale", torch.tensor(float(energy_scale)))
 
     def forward(self, positions: Tensor, species: Tensor) -> Tensor:
-        """Energies (F,) kJ/mol of frames (F, B, 3) nm of one molecule with species (B,)."""
+        """Energies (F,) kJ/mol of frames (F, B, 3) nm with species (B,), or (F, B) of each frame."""
         first, second, difference, distance = list_pairs(positions)
         unit = difference / distance.unsqueeze(-1)
         basis = self.basis(distance)
         envelope = cutoff_envelope(distance / self.cutoff_nm)
-        s = self.embedding(species).unsqueeze(0).expand(positions.shape[0], -1, -1)
+        s = self.embedding(species).expand(positions.shape[0], -1, -1)
         v = s.new_zeros(s.shape[0], s.shape[1], 3, s.shape[2])
         for message, update in zip(self.messages, self.updates):  # noqa: B905  TorchScript's zip has no strict
             scalars, vectors = message(s, v, basis, envelope, unit, first, second)

@@ -6,6 +6,10 @@ what ``model.options`` holds. It returns a module whose ``forward(positions, spe
 molecule with species indices (B,) and gives energies (F,) in units of kT at the training temperature. The name is all
 that a training records, so its folder can be read wherever the name can be imported; an exported potential needs
 nothing but itself. What the module has to satisfy, :func:`~openmm_hvpcg.training.models.check.check_model` tests.
+
+A module that also takes species (F, B), those of each frame, as the package's own networks do, is trained on batches
+that mix molecules of as many beads. Any other is trained on batches of one molecule each, and each step then leans
+towards its molecule. :func:`~openmm_hvpcg.training.models.check.takes_many_molecules` finds out which it is.
 """
 
 # TorchScript reads the annotations of buffers: they must be types, not the strings that
@@ -41,7 +45,7 @@ class ScaledNetwork(nn.Module):
         self.register_buffer("energy_scale", torch.tensor(float(energy_scale)))
 
     def forward(self, positions: Tensor, species: Tensor) -> Tensor:
-        """Energies (F,) kJ/mol of frames (F, B, 3) nm of one molecule with species (B,)."""
+        """Energies (F,) kJ/mol of frames (F, B, 3) nm with species (B,), or (F, B) where the network takes them."""
         energies: Tensor = self.network(positions, species)
         return self.energy_scale * energies
 

@@ -58,11 +58,11 @@ class SchNet(nn.Module):
         self.register_buffer("energy_scale", torch.tensor(float(energy_scale)))
 
     def forward(self, positions: Tensor, species: Tensor) -> Tensor:
-        """Energies (F,) kJ/mol of frames (F, B, 3) nm of one molecule with species (B,)."""
+        """Energies (F,) kJ/mol of frames (F, B, 3) nm with species (B,), or (F, B) of each frame."""
         first, second, _, distance = list_pairs(positions)
         basis = self.basis(distance)
         envelope = cutoff_envelope(distance / self.cutoff_nm)
-        h = self.embedding(species).unsqueeze(0).expand(positions.shape[0], -1, -1)
+        h = self.embedding(species).expand(positions.shape[0], -1, -1)
         for interaction in self.interactions:
             h = h + interaction(h, basis, envelope, first, second)
         return self.energy_scale * self.readout(h).squeeze(-1).sum(dim=-1)

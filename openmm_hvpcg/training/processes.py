@@ -1,0 +1,219 @@
+"""Training in several processes, one a device, on one copy of the tensors; and where the tensors lie.
+
+The first process is the one that was asked to train. It starts the others on :mod:`openmm_hvpcg.training.worker`, which
+need no more than its folder: settings and tensors lie there in files, and the tensors are mapped into the memory of
+all. They end with it: each watches a pipe from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
+from openmm_hvpcg.config import ModelSettings, TrainingSettings
+from openmm_hvpcg.errors import BackendError, HVPCGError
+from openmm_hvpcg.potential import PotentialSpec
+from openmm_hvpcg.storage import write_json
+from openmm_hvpcg.training.batches import FrameGroup, MoleculeSize
+from openmm_hvpcg.training.dataset import LabelledFrames
+from openmm_hvpcg.training.loop import Trained, train_network
+from openmm_hvpcg.training.losses import LossScales
+from openmm_hvpcg.training.places import Place
+from openmm_hvpcg.training.preparation import Prepared
+from openmm_hvpcg.training.scratch import Memory, Scratch, Storage
+
+logger = logging.getLogger(__name__)
+
+SCRATCH = "scratch"
+#: What a worker writes when it has loaded everything.
+READY = b"ready\n"
+#: Seconds that a worker has to end by itself.
+PATIENCE_S = 20.0
+#: Seconds after the loss of its connection within which the end of a worker is the reason.
+LOST_S = 5.0
+start_process = subprocess.Popen
+_ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+
+
+@contextlib.contextmanager
+def open_storage(datasets: Sequence[LabelledFrames], settings: TrainingSettings, folder: Path) -> Iterator[Storage]:
+    """Memory for the tensors of a training; or files in its folder, for its time, where that is asked for.
+
+    Files are used where the tensors are larger than ``training.memory_gb``, and where processes share them.
+    """
+    size_gb = sum(count_bytes(d, settings) for d in datasets) / 1e9
+    if settings.devices == 1 and (settings.memory_gb is None or size_gb <= settings.memory_gb):
+        yield Memory()
+        return
+    scratch = Scratch(folder / SCRATCH)
+    logger.info("%s: the labels, %.2g GB, are read from files", folder.name, size_gb)
+    try:
+        yield scratch
+    finally:
+        scratch.delete()
+
+
+def count_bytes(dataset: LabelledFrames, settings: TrainingSettings) -> int:
+    """Size of the training tensors of a dataset."""
+    n = 3 * dataset.bead_map.n_beads
+    per_frame = 2 * n + 3 * n * dataset.n_probes + (n * n if settings.whiten == "noise" else 0)
+    return 4 * per_frame * dataset.n_frames
+
+
+def train_in_processes(
+    prepared: Prepared, settings: TrainingSettings, model: ModelSettings, folder: Path, progress: bool
+) -> Trained:
+    """Train on ``settings.devices`` devices, a process each.
+
+    Raises
+    ------
+    BackendError
+        Another process ended before its time.
+    """
+    if settings.devices == 1:
+        return train_network(prepared, settings, model, folder, progress=progress)
+    save_prepared(prepared, folder / SCRATCH)
+    with _start_workers(folder, settings.devices) as place:
+        return train_network(prepared, settings, model, folder, place, progress=progress)
+
+
+@contextlib.contextmanager
+def _start_workers(folder: Path, n_ranks: int) -> Iterator[Place]:
+    """Start the other processes; gives this one's place among them."""
+    place = Place(0, n_ranks, find_free_network_port())
+    log_path = folder / "logs" / "workers.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    paths = [os.path.abspath(p) for p in sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    before = {name: os.environ.get(name) for name in _ADDRESS}
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        with open(log_path, "wb") as log:
+            for rank in range(1, n_ranks):
+                command = [sys.executable, "-m", "openmm_hvpcg.training.worker", str(folder)]
+                command += [str(rank), str(n_ranks), str(place.port)]
+                # Away from the terminal: an interruption is this process's to handle.
+                worker = start_process(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,
+                )
+                workers.append(worker)
+        for worker in workers:
+            if worker.stdout is None or worker.stdout.readline() != READY:
+                raise _explain(log_path)
+        yield place
+        if any(worker.wait(PATIENCE_S) != 0 for worker in workers):
+            raise _explain(log_path)
+    except HVPCGError:
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and _has_failed(workers):
+            raise _explain(log_path) from error
+        raise
+    finally:
+        _end(workers)
+        leave_group()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _has_failed(workers: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """Whether one of them ended before its time, which shows here as a lost connection a little earlier."""
+    until = time.monotonic() + LOST_S
+    while all(worker.poll() is None for worker in workers) and time.monotonic() < until:
+        time.sleep(0.1)
+    return any(worker.poll() not in (None, 0) for worker in workers)
+
+
+def _end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End what still runs: with its pipe closed a worker ends itself."""
+    for worker in workers:
+        for pipe in (worker.stdin, worker.stdout):
+            if pipe is not None:
+                pipe.close()
+    for worker in workers:
+        try:
+            worker.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
+def leave_group() -> None:
+    """Leave the processes that trained together, so that the next training can make a group of its own."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _explain(log_path: Path) -> BackendError:
+    lines = [line for line in log_path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return BackendError(
+        f"a process of the training ended before its time ({lines[-1] if lines else 'without a word'})",
+        where=log_path,
+        hint="run the same command again; it resumes",
+    )
+
+
+def save_prepared(prepared: Prepared, folder: Path) -> None:
+    """Write beside the tensors in a scratch folder what else a worker needs."""
+    for name in ("training", "validation"):
+        for k, frames in enumerate(getattr(prepared, name)):
+            np.save(folder / f"{name}{k}.npy", frames)
+    content = {
+        "spec": json.loads(prepared.spec.to_json()),
+        "scales": asdict(prepared.scales),
+        "prior_validation": prepared.prior_validation,
+        "beta": prepared.beta,
+        "force_noise": prepared.force_noise,
+        "sizes": [(len(m.positions), m.probes.shape[1], m.species.tolist()) for m in prepared.molecules],
+        "groups": [(g.members, g.whitening is not None, g.own_share.tolist()) for g in prepared.groups],
+    }
+    write_json(folder / "prepared.json", content)
+
+
+def load_prepared(folder: Path) -> Prepared:
+    """What :func:`save_prepared` wrote, on the same tensors; covariances are pooled by the first process alone."""
+    content = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+    storage = Scratch(folder, attach=True)
+    sizes = [MoleculeSize(n, p, torch.tensor(species)) for n, p, species in content["sizes"]]
+    groups = []
+    for members, whitened, own_share in content["groups"]:
+        group = FrameGroup.allocate(members, sizes, whitened=whitened, storage=storage)
+        groups.append(replace(group, own_share=torch.tensor(own_share, dtype=torch.float64)))
+    molecules = {k: group.get_molecule(i) for group in groups for i, k in enumerate(group.members)}
+    training, validation = (
+        [np.load(folder / f"{name}{k}.npy") for k in range(len(sizes))] for name in ("training", "validation")
+    )
+    force, hvp = content["prior_validation"]
+    return Prepared(
+        [molecules[k] for k in range(len(sizes))],
+        groups,
+        training,
+        validation,
+        training,
+        LossScales(**content["scales"]),
+        (force, hvp),
+        PotentialSpec.from_json(json.dumps(content["spec"]), where=folder),
+        content["beta"],
+        content["force_noise"],
+        [None] * len(sizes),
+        storage,
+    )

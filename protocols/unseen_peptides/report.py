@@ -1,0 +1,294 @@
+"""Tables and plots of the study, from the results.json of `run.py study`.
+
+    python protocols/unseen_peptides/report.py runs/unseen_peptides --out benchmarks/results/unseen_peptides
+
+Figures are means over seeds; their errors combine the scatter of the seeds with the errors of each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+COLOURS = {"fm": "tab:blue", "hvp": "tab:red"}
+NAMES = {"fm": "FM", "hvp": "FM + HVP"}
+#: Title of each column and where its figure lies in a run: observable, divergence.
+COLUMNS = {
+    "KL, mode 1": ("tica1", "kl"),
+    "KL, modes 1 and 2": ("tica12", "kl"),
+    "JS, mode 1": ("tica1", "js"),
+    "JS, radius of gyration": ("radius_of_gyration", "js"),
+    "JS, contacts": ("contacts", "js"),
+}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean over seeds and its error; the floor is that of the reference."""
+
+    value: float
+    error: float
+    floor: float
+    n_seeds: int
+
+
+class Results:
+    """Figures of results.json by arm, frames and peptide."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self.content = content
+        self.peptides: list[str] = content["test peptides"]
+        self.runs = content["runs"]
+
+    @property
+    def sizes(self) -> list[int]:
+        return sorted({r["n_frames"] for r in self.runs}, reverse=True)
+
+    @property
+    def arms(self) -> list[str]:
+        return [a for a in COLOURS if any(r["arm"] == a for r in self.runs)]
+
+    def find(self, arm: str, size: int, peptide: str) -> list[dict[str, Any]]:
+        """What there is of a peptide, a run a seed; unstable ones are left out here and counted by `count_unstable`."""
+        chosen = [r for r in self.runs if r["arm"] == arm and r["n_frames"] == size and peptide in r["peptides"]]
+        return [r["peptides"][peptide] for r in chosen if r["peptides"][peptide]["stable"]]
+
+    def count_unstable(self, arm: str, size: int) -> int:
+        chosen = [r for r in self.runs if r["arm"] == arm and r["n_frames"] == size]
+        return sum(not p["stable"] for r in chosen for p in r["peptides"].values())
+
+    def average(self, arm: str, size: int, peptide: str, observable: str, kind: str) -> Mean | None:
+        found = [r[observable] for r in self.find(arm, size, peptide) if r[observable] is not None]
+        if not found:
+            return None
+        values = np.array([f[kind] for f in found])
+        own = np.sqrt(np.mean([f[f"{kind}_error"] ** 2 for f in found]) / len(found))
+        seeds = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
+        return Mean(float(values.mean()), float(max(own, seeds)), float(found[0][f"{kind}_floor"]), len(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    content = json.loads((options.folder / "results.json").read_text(encoding="utf-8"))
+    results = Results(content)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "table.md").write_text(make_tables(results), encoding="utf-8")
+    plot_bars(results, options.out / "kl.png")
+    plot_profiles(results, options.out / "profiles.png")
+    plot_efficiency(results, options.out / "efficiency.png")
+    for run in content["runs"]:
+        for figures in run["peptides"].values():
+            figures.pop("curve", None)
+    (options.out / "results.json").write_text(json.dumps(shorten(content), indent=1) + "\n", encoding="utf-8")
+
+
+def shorten(value: Any) -> Any:
+    """Numbers with five digits."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {k: shorten(v) for k, v in value.items()}
+    return [shorten(v) for v in value] if isinstance(value, list) else value
+
+
+def show(mean: Mean | None) -> str:
+    return "-" if mean is None else f"{mean.value:.3f} ± {mean.error:.3f}"
+
+
+def make_tables(results: Results) -> str:
+    parts = []
+    for size in results.sizes:
+        parts += [f"## {size} frames of each training peptide", *make_table(results, size, "KL, mode 1"), ""]
+        parts += [summarize(results, size), ""]
+    largest = results.sizes[0]
+    parts += [f"## More figures, {largest} frames"]
+    for title in list(COLUMNS)[1:]:
+        parts += [f"### {title}", *make_table(results, largest, title), ""]
+    parts += ["## Sizes and contacts", *make_moments(results, largest), ""]
+    parts += ["## Training", *make_training(results)]
+    return "\n".join(parts) + "\n"
+
+
+def make_table(results: Results, size: int, title: str) -> list[str]:
+    observable, kind = COLUMNS[title]
+    lines = [
+        f"| peptide | slowest mode, ps | {' | '.join(NAMES[a] for a in results.arms)} | change | two halves of AA |",
+        "|" + " --- |" * (4 + len(results.arms)),
+    ]
+    for peptide in results.peptides:
+        means = {a: results.average(a, size, peptide, observable, kind) for a in results.arms}
+        known = [m for m in means.values() if m is not None]
+        if not known:
+            continue
+        fm, hvp = means.get("fm"), means.get("hvp")
+        change = f"{100 * (hvp.value / fm.value - 1):+.0f} %" if fm and hvp else "-"
+        timescale = next(r["timescales_ps"][0] for a in results.arms for r in results.find(a, size, peptide))
+        lines.append(
+            f"| {peptide} | {timescale:.0f} | {' | '.join(show(m) for m in means.values())} | {change} |"
+            f" {known[0].floor:.3f} |"
+        )
+    return lines
+
+
+def summarize(results: Results, size: int) -> str:
+    pairs = [
+        (results.average("fm", size, p, "tica1", "kl"), results.average("hvp", size, p, "tica1", "kl"))
+        for p in results.peptides
+    ]
+    both = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if not both:
+        return ""
+    ratios = np.array([b.value / a.value for a, b in both])
+    sure = sum(abs(b.value - a.value) > 2 * np.hypot(a.error, b.error) for a, b in both)
+    medians = [float(np.median([m.value for m in column])) for column in zip(*both, strict=True)]
+    unstable = {NAMES[a]: results.count_unstable(a, size) for a in results.arms}
+    return (
+        f"FM + HVP ahead on {int((ratios < 1).sum())} of {len(both)} along mode 1 ({sure} differences beyond two"
+        f" errors);"
+        f" median KL {medians[0]:.3f} (FM) and {medians[1]:.3f} (FM + HVP), median ratio {np.median(ratios):.2f},"
+        f" best {100 * (ratios.min() - 1):+.0f} %, worst {100 * (ratios.max() - 1):+.0f} %."
+        f" Unstable runs: {', '.join(f'{k} {v}' for k, v in unstable.items())}."
+    )
+
+
+def make_moments(results: Results, size: int) -> list[str]:
+    arms = results.arms
+    lines = [
+        f"| peptide | radius of gyration, nm: AA | {' | '.join(NAMES[a] for a in arms)} | contacts: AA |"
+        f" {' | '.join(NAMES[a] for a in arms)} |",
+        "|" + " --- |" * (3 + 2 * len(arms)),
+    ]
+    for peptide in results.peptides:
+        cells = []
+        for observable, unit in (("radius_of_gyration", "_nm"), ("contacts", "")):
+            found = {a: [r[observable] for r in results.find(a, size, peptide)] for a in arms}
+            rows = [r for runs in found.values() for r in runs]
+            if not rows:
+                break
+            cells.append(f"{rows[0][f'reference_mean{unit}']:.3f}")
+            cells += [f"{np.mean([r[f'mean{unit}'] for r in runs]):.3f}" if runs else "-" for runs in found.values()]
+        if cells:
+            lines.append(f"| {peptide} | {' | '.join(cells)} |")
+    return lines
+
+
+def make_training(results: Results) -> list[str]:
+    lines = [
+        "| arm | frames a peptide | seeds | validation force error (label noise) | validation HVP error | CPU s |",
+        "|" + " --- |" * 6,
+    ]
+    for size in results.sizes:
+        for arm in results.arms:
+            fits = [r["fit"] for r in results.runs if r["arm"] == arm and r["n_frames"] == size]
+            if fits:
+                mean = {k: float(np.mean([f[k] for f in fits])) for k in fits[0] if fits[0][k] is not None}
+                lines.append(
+                    f"| {NAMES[arm]} | {size} | {len(fits)} | {mean['force_rmse_validation']:.1f}"
+                    f" ({mean.get('force_noise', float('nan')):.1f}) | {mean['hvp_rmse_validation']:.4g} |"
+                    f" {mean['training_cpu_s']:.0f} |"
+                )
+    return lines
+
+
+def plot_bars(results: Results, path: Path) -> None:
+    size = results.sizes[0]
+    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
+    x = np.arange(len(results.peptides))
+    for k, arm in enumerate(results.arms):
+        means = [results.average(arm, size, p, "tica1", "kl") for p in results.peptides]
+        axis.bar(
+            x + 0.4 * (k - 0.5),
+            [np.nan if m is None else m.value for m in means],
+            0.4,
+            yerr=[0.0 if m is None else m.error for m in means],
+            color=COLOURS[arm],
+            label=NAMES[arm],
+            capsize=3,
+        )
+    floors = [results.average(results.arms[0], size, p, "tica1", "kl") for p in results.peptides]
+    axis.hlines(
+        [np.nan if m is None else m.floor for m in floors],
+        x - 0.4,
+        x + 0.4,
+        "k",
+        "dashed",
+        label="two halves of the AA data",
+    )
+    axis.set_xticks(x, results.peptides, rotation=30, ha="right")
+    axis.set_ylabel("KL(AA || CG), slowest mode, nats")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_profiles(results: Results, path: Path) -> None:
+    """Free energy along the slowest mode, one line a seed."""
+    size = results.sizes[0]
+    kt = 0.00831446 * results.content["protocol"]["temperature_K"]
+    figure, axes = plt.subplots(3, 3, figsize=(10, 8), layout="constrained")
+    for axis, peptide in zip(axes.flat, results.peptides, strict=False):
+        for arm in results.arms:
+            for number, run in enumerate(results.find(arm, size, peptide)):
+                curve = {k: np.array(v) for k, v in run["curve"].items()}
+                if arm == results.arms[0] and number == 0:
+                    axis.plot(*to_profile(curve, "reference", kt), color="k", lw=2, label="AA")
+                label = NAMES[arm] if number == 0 else None
+                axis.plot(*to_profile(curve, "model", kt), color=COLOURS[arm], lw=1, alpha=0.8, label=label)
+        axis.set_title(peptide)
+        axis.set_ylim(-0.5, 25)
+    for axis in axes[-1]:
+        axis.set_xlabel("TICA mode 1")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("free energy, kJ/mol")
+    axes.flat[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def to_profile(curve: dict[str, Any], name: str, kt: float) -> tuple[Any, Any]:
+    density = np.where(curve[name] > 0, curve[name], np.nan)
+    energy = -kt * np.log(density)
+    return curve["centres"], energy - np.nanmin(energy)
+
+
+def plot_efficiency(results: Results, path: Path) -> None:
+    """Median over peptides against frames, one point a seed."""
+    figure, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    for arm in results.arms:
+        points = []
+        for run in results.runs:
+            if run["arm"] == arm:
+                found = [p["tica1"]["kl"] for p in run["peptides"].values() if p["stable"]]
+                if len(found) == len(results.peptides):
+                    points.append((run["n_frames"], float(np.median(found)), float(np.mean(found))))
+        if points:
+            n, median, mean = np.array(sorted(points)).T
+            axis.plot(n, median, "o", color=COLOURS[arm], alpha=0.6)
+            sizes = np.unique(n)
+            axis.plot(
+                sizes, [median[n == s].mean() for s in sizes], "-", color=COLOURS[arm], label=f"{NAMES[arm]}, median"
+            )
+            axis.plot(sizes, [mean[n == s].mean() for s in sizes], ":", color=COLOURS[arm], label=f"{NAMES[arm]}, mean")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlabel("frames of each training peptide")
+    axis.set_ylabel("KL(AA || CG), slowest mode, nine peptides")
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
