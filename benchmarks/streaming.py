@@ -31,7 +31,7 @@ from openmm_hvpcg.training.dataset import FORMAT_VERSION, KIND, load_dataset
 from openmm_hvpcg.units import UNITS, compute_kt
 
 N_BEADS, N_PROBES, CHUNK = 5, 16, 1000
-SIZES = (50_000, 100_000, 200_000)
+SIZES = (50_000, 200_000, 400_000)
 FEW = 1000
 MEMORY_GB = 0.1
 TEMPERATURE_K = 300.0

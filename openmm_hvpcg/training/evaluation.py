@@ -97,17 +97,20 @@ def _judge(
     n_frames = len(tensors.positions)
     chosen = choose_frames(n_frames)
     squares: dict[str, list[NDArray[np.float64]]] = {}
-    residuals: dict[str, list[Tensor]] = {}
+    at_chosen: dict[str, list[Tensor]] = {}
     for start in range(0, n_frames, CHUNK_FRAMES):
         rows = slice(start, start + CHUNK_FRAMES)
-        terms = _compute_terms(network, _take(tensors, rows), prepared.beta)
+        part = _take(tensors, rows)
+        terms = _compute_terms(network, part, prepared.beta)
         kept = torch.from_numpy(chosen[(chosen >= start) & (chosen < start + CHUNK_FRAMES)] - start)
         for name, both in terms.items():
             found = np.stack([(r.double() ** 2).flatten(1).mean(1).numpy() for r in both])
             squares.setdefault(name, []).append(found)
-            residuals.setdefault(name, []).append(both[0][kept])
+            at_chosen.setdefault(name, []).append(both[0][kept])
+        for name in ("positions", "probes"):
+            at_chosen.setdefault(name, []).append(getattr(part, name)[kept])
         prepared.storage.release()
-    noise = _estimate_noises({n: torch.cat(r).numpy() for n, r in residuals.items()}, chosen, tensors, dataset)
+    noise = _estimate_noises({n: torch.cat(r).numpy() for n, r in at_chosen.items()}, chosen, tensors, dataset)
     return _Figures(
         {name: np.concatenate(parts, axis=1) for name, parts in squares.items()},
         noise,
@@ -153,17 +156,16 @@ def _is_pooled(tensors: MoleculeTensors) -> bool:
 
 
 def _estimate_noises(
-    residuals: dict[str, NDArray[np.float32]],
+    arrays: dict[str, NDArray[np.float32]],
     chosen: NDArray[np.int64],
     tensors: MoleculeTensors,
     dataset: LabelledFrames,
 ) -> dict[str, float | None]:
-    """Noise of each term from the network's residuals at the frames chosen for it."""
-    rows, law = torch.from_numpy(chosen), ProbeLaw.from_attributes(dataset.attributes)
-    positions, probes, walker = tensors.positions[rows].numpy(), tensors.probes[rows].numpy(), dataset.walker[chosen]
+    """Noise of each term from positions, probes and the network's residuals at the frames chosen for it."""
+    law, walker = ProbeLaw.from_attributes(dataset.attributes), dataset.walker[chosen]
 
     def estimate(force: str, hvp: str) -> LabelNoise | None:
-        return estimate_noise(positions, walker, residuals[force], probes, residuals[hvp], law, chosen)
+        return estimate_noise(arrays["positions"], walker, arrays[force], arrays["probes"], arrays[hvp], law, chosen)
 
     noise = estimate("force", "hvp")
     plain = tensors.whitening is None

@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 #: Frames differentiated at once.
 CHUNK_FRAMES = 256
 #: Numbers (in double) that sums over labels take at once.
-CHUNK_VALUES = 2**21
+CHUNK_VALUES = 2**19
 #: Priors and pooled covariances are fitted to so many numbers of a molecule, evenly spaced, and to so many frames.
-FIT_VALUES, FIT_FRAMES = 2**23, 20000
+FIT_VALUES, FIT_FRAMES = 2**21, 20000
 
 
 @dataclass(frozen=True)

@@ -125,21 +125,26 @@ class Run:
 
 
 def sample(run: Run, args: argparse.Namespace) -> dict[str, Any]:
-    """Equilibrate for a share of the time, then take frames evenly over the rest; figures of the run."""
+    """Equilibrate for a share of the time, then take frames evenly over the rest; figures of the run.
+
+    With ``--stride`` the steps are given instead of the time.
+    """
     began = time.perf_counter()
     equilibration_s = args.seconds * args.equilibration_share
-    run.advance(LOOK_STEPS)  # compiles kernels
+    run.advance(LOOK_STEPS if args.stride is None else args.equilibration_steps)  # compiles kernels
     first = time.perf_counter()
-    while time.perf_counter() - began < equilibration_s:
+    while args.stride is None and time.perf_counter() - began < equilibration_s:
         run.advance(LOOK_STEPS)
     equilibration_steps = run.steps
-    speed = (run.steps - LOOK_STEPS) / (time.perf_counter() - first)
-    stride = max(1, int(speed * (args.seconds - equilibration_s) / args.frames))
-    logging.info("%.0f steps/s, stride %d, %d steps of equilibration", speed, stride, equilibration_steps)
+    stride = args.stride
+    if stride is None:
+        speed = (run.steps - LOOK_STEPS) / (time.perf_counter() - first)
+        stride = max(1, int(speed * (args.seconds - equilibration_s) / args.frames))
+    logging.info("stride %d, %d steps of equilibration", stride, equilibration_steps)
     for _ in range(args.frames):
         for (peptide, k), positions in zip(run.owners, run.advance(stride), strict=True):
             peptide.add(k, positions)
-        if time.perf_counter() - began > args.seconds * 1.05:
+        if args.stride is None and time.perf_counter() - began > args.seconds * 1.05:
             break
     wall_s = time.perf_counter() - began
     return {
@@ -184,6 +189,8 @@ def main() -> None:
     parser.add_argument("out")
     parser.add_argument("--seconds", type=float, default=480)
     parser.add_argument("--equilibration-share", type=float, default=0.2)
+    parser.add_argument("--stride", type=int, help="steps between frames, instead of --seconds")
+    parser.add_argument("--equilibration-steps", type=int, default=250000, help="with --stride")
     parser.add_argument("--copies-train", type=int, default=16)
     parser.add_argument("--copies-test", type=int, default=64)
     parser.add_argument("--frames", type=int, default=320, help="frames a copy")

@@ -1,0 +1,147 @@
+"""The study of unseen peptides, shrunk: every piece, in its order, as its README has it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from cli_process import REPOSITORY
+
+FOLDER = REPOSITORY / "protocols" / "unseen_peptides"
+PROTOCOL: dict[str, Any] = {
+    "temperature_K": 350,
+    "molecules": [
+        {"name": name, "role": role, "input": {"sequence": name, "hydrogen_mass_amu": 3}}
+        for name, role in (("GA", "train"), ("AG", "train"), ("AA", "train"), ("AGA", "test"))
+    ],
+    "mapping": {"beads": "ca+caps"},
+    "labels": {"probes_per_frame": 2, "max_frames": 40},
+    "model": {"features": 8, "interactions": 1, "radial": 8, "cutoff_nm": 1.2},
+    "training": {
+        "arms": [{"name": "fm", "hvp_weight": 0.0}, {"name": "hvp", "hvp_weight": "balanced"}],
+        "batch_size": 32,
+        "max_epochs": 1,
+        "schedule": "cosine",
+    },
+    "simulation": {"replicas": 4, "n_steps": 400, "save_every": 10},
+    "analysis": {"lag_frames": 1, "bins": 10, "blocks": 2},
+}
+SAMPLING = {
+    **{"equilibration-steps": 50, "stride": 10, "frames": 20, "platform": "CPU"},
+    **{"copies-train": 2, "copies-test": 4, "training-frames": 40},
+}
+
+
+@pytest.fixture(scope="module")
+def call() -> Any:
+    """Calls a script of the protocol as its command line would."""
+    names = ("run", "report", "sample_crowd", "peptides", "judging")
+    taken = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(FOLDER))
+
+    def call_script(script: str, *words: object) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *map(str, words)])
+            importlib.import_module(script).main()
+
+    yield call_script
+    sys.path.remove(str(FOLDER))
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(taken)
+
+
+@pytest.fixture(scope="module")
+def study(call: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where everything was run once."""
+    root = tmp_path_factory.mktemp("unseen")
+    protocol = root / "protocol.yaml"
+    protocol.write_text(yaml.safe_dump(PROTOCOL))
+    common = ("--protocol", protocol, "--data", root / "data", "--jobs", 1)
+    call("run", *common, "systems", root / "systems")
+    flags = [word for key, value in SAMPLING.items() for word in (f"--{key}", value)]
+    call("sample_crowd", root / "systems", root / "samples", *flags)
+    call("run", *common, "label", root / "samples", "--scratch", root / "scratch")
+    call("run", *common, "reference", root / "samples")
+    call("run", *common, "study", "--out", root / "out", "--sizes", 400, "--seeds", 1)
+    call("report", root / "out", "--out", root / "report")
+    return root
+
+
+def test_data_hold_what_was_sampled(study: Path, call: Callable[..., None]) -> None:
+    peptides = importlib.import_module("peptides")
+    datasets = peptides.load_labels(study / "data" / "labels.zip")
+    assert [d.name for d in datasets] == ["AA", "AG", "GA"]
+    label = importlib.import_module("openmm_hvpcg.training.dataset").load_dataset
+    for data in datasets:
+        assert (data.n_frames, data.n_probes, data.bead_map.species[0]) == (40, 2, "ACE")
+        exact = label(study / "scratch" / f"{data.name}.zarr")
+        np.testing.assert_array_equal(data.positions, exact.positions)
+        np.testing.assert_array_equal(data.probes, exact.probes)
+        for name in ("forces", "hvps"):
+            # Rounded to 12 bits of the mantissa: half a unit of the last is 2^-13.
+            np.testing.assert_allclose(getattr(data, name), getattr(exact, name), rtol=2.0**-13)
+    frames, bead_map = peptides.load_reference(study / "data" / "references.zip", "AGA")
+    assert frames.n_frames % 4 == 0
+    assert bead_map.species == ("ACE", "ALA", "GLY", "ALA", "NME")
+    # Neighbouring C-alphas across a trans peptide bond are 0.38 nm apart; the grid of 1e-4 nm does not show.
+    assert np.linalg.norm(np.diff(frames.positions[:, 1:4], axis=1), axis=-1).mean() == pytest.approx(0.385, abs=0.01)
+
+
+def test_results_and_report(study: Path) -> None:
+    content = json.loads((study / "out" / "results.json").read_text())
+    assert {r["arm"] for r in content["runs"]} == {"fm", "hvp"}
+    for run in content["runs"]:
+        # Twenty per cent of the frames are held out for validation.
+        assert run["fit"]["n_frames"] == 3 * 32
+        figures = run["peptides"]["AGA"]
+        assert figures["stable"]
+        for key in ("tica1", "tica12", "radius_of_gyration", "contacts"):
+            assert figures[key]["kl"] >= 0
+            assert figures[key]["js"] <= np.log(2)
+    table = (study / "report" / "table.md").read_text()
+    assert "| AGA |" in table
+    assert "ahead on" in table
+    for name in ("kl.png", "profiles.png", "efficiency.png"):
+        assert (study / "report" / name).stat().st_size > 5000
+    assert "curve" not in (study / "report" / "results.json").read_text()
+
+
+def test_a_second_run_repeats_nothing(study: Path, call: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(importlib.import_module("run"), "run_one", refuse)
+    before = (study / "out" / "results.json").read_bytes()
+    common = ("--protocol", study / "protocol.yaml", "--data", study / "data", "--jobs", 1)
+    call("run", *common, "study", "--out", study / "out", "--sizes", 400, "--seeds", 1)
+    assert (study / "out" / "results.json").read_bytes() == before
+
+
+def test_kept_data_are_of_the_protocol() -> None:
+    """What later sittings start from: every peptide, and no test peptide among the labels."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        peptides = importlib.import_module("peptides")
+    finally:
+        sys.path.remove(str(FOLDER))
+    protocol = yaml.safe_load((FOLDER / "protocol.yaml").read_text())
+    names = {role: {m["name"] for m in protocol["molecules"] if m["role"] == role} for role in ("train", "test")}
+    assert (len(names["train"]), len(names["test"])) == (24, 9)
+    assert set("".join(names["train"])) == set("ACDEFGHIKLMNPQRSTVWY")
+    datasets = peptides.load_labels(REPOSITORY / "data" / "unseen_peptides" / "labels.zip")
+    assert {d.name for d in datasets} == names["train"]
+    assert {d.temperature_K for d in datasets} == {protocol["temperature_K"]}
+    for name in names["test"]:
+        frames, bead_map = peptides.load_reference(REPOSITORY / "data" / "unseen_peptides" / "references.zip", name)
+        assert frames.n_frames == 64 * 320
+        assert bead_map.n_beads == len(name) + 2
+    sizes = [f.stat().st_size for f in (REPOSITORY / "data" / "unseen_peptides").iterdir()]
+    assert sum(sizes) < 25e6
