@@ -311,6 +311,7 @@ class PriorSettings(Settings):
     angles: bool = True
     dihedrals: bool = True
     repulsion: bool = True
+    angle_walls: bool = Field(True, description="keep angles from becoming straight where no frame has them so")
     min_molecules: int = Field(
         2,
         ge=1,
@@ -324,7 +325,7 @@ class PriorSettings(Settings):
 
 
 #: What priors fitted before these keys existed were fitted with.
-PRIORS_BEFORE: dict[str, Any] = {"min_molecules": 1}
+PRIORS_BEFORE: dict[str, Any] = {"min_molecules": 1, "angle_walls": False}
 
 
 class ModelSettings(Settings):

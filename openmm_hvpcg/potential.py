@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = "openmm-hvpcg/potential"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+#: Version 1 had no walls before straight angles.
+READABLE_VERSIONS = (1, 2)
 SPEC_NAME = "spec.json"
 
 #: Buffer of the script -> where its values come from in :class:`PriorTerms`.
@@ -80,7 +82,7 @@ class PotentialSpec:
             if content["format"] != FORMAT:
                 raise PotentialError("wrong kind of file", expected=FORMAT, got=content["format"], where=where)
             found = content["format_version"]
-            if found != FORMAT_VERSION:
+            if found not in READABLE_VERSIONS:
                 newer = isinstance(found, int) and found > FORMAT_VERSION
                 raise PotentialError(
                     f"format version is {'too new' if newer else 'not supported'}",

@@ -6,7 +6,9 @@ same terms in torch; this module is what the three share. numpy alone.
 Forms (r nm, angles rad, energies kJ/mol), each twice differentiable where the geometry is defined:
 
 - bond       ``k/2 (r - r0)^2``
-- angle      ``k/2 (cos(theta) - c0)^2``, smooth at theta = 0 and pi too
+- angle      ``k/2 (cos(theta) - c0)^2 + h ((s - cos(theta)) / (1 + s))^3``, the second, a wall before straight
+  angles, for cos(theta) < s alone; C2 at s, smooth at theta = 0 and pi too. Where an angle is straight, its dihedrals
+  are not defined and their forces unbounded
 - dihedral   ``sum_n a_n cos(n phi) + b_n sin(n phi)``, n = 1 .. ``DIHEDRAL_ORDER``
 - improper   ``k (1 - cos(phi - phi0))`` with phi the dihedral (centre, n1, n2, n3); it keeps the handedness
   that a network of distances cannot see
@@ -42,7 +44,10 @@ CAPS = ("ACE", "NME")
 #: Any species; as a whole key, parameters fitted over all of them.
 ANY = "*"
 #: Table of :class:`PriorParameters` -> parameters of one term.
-PARAMETER_COUNTS = {"bonds": 2, "angles": 2, "dihedrals": 2 * DIHEDRAL_ORDER, "impropers": 2, "repulsion": 1}
+PARAMETER_COUNTS = {"bonds": 2, "angles": 4, "dihedrals": 2 * DIHEDRAL_ORDER, "impropers": 2, "repulsion": 1}
+
+#: Height and start of a wall before straight angles that is none.
+NO_WALL = (0.0, 0.0)
 
 
 def bond_key(species: Sequence[str]) -> str:
@@ -127,9 +132,9 @@ def is_general(term: str, key: str) -> bool:
 class PriorParameters:
     """Parameters by species key; the JSON form of the prior in a potential file.
 
-    ``bonds`` key -> (k kJ/mol/nm^2, r0 nm); ``angles`` key -> (k kJ/mol, cos0); ``dihedrals`` key ->
-    (a_1..a_n, b_1..b_n) kJ/mol; ``impropers`` key -> (k kJ/mol, phi0 rad); ``repulsion`` key -> (sigma nm,);
-    ``repulsion_epsilon`` kJ/mol. An empty dictionary switches a term off.
+    ``bonds`` key -> (k kJ/mol/nm^2, r0 nm); ``angles`` key -> (k kJ/mol, c0, h kJ/mol, s), of files before version 2
+    (k, c0) alone; ``dihedrals`` key -> (a_1..a_n, b_1..b_n) kJ/mol; ``impropers`` key -> (k kJ/mol, phi0 rad);
+    ``repulsion`` key -> (sigma nm,); ``repulsion_epsilon`` kJ/mol. An empty dictionary switches a term off.
     """
 
     bonds: dict[str, tuple[float, ...]] = field(default_factory=dict)
@@ -140,6 +145,8 @@ class PriorParameters:
     repulsion_epsilon: float = 0.0
 
     def __post_init__(self) -> None:
+        walled = {key: (*row, *NO_WALL) if len(row) == 2 else row for key, row in self.angles.items()}
+        object.__setattr__(self, "angles", walled)
         for name, width in PARAMETER_COUNTS.items():
             for key, values in getattr(self, name).items():
                 if len(values) != width or not np.isfinite(values).all():

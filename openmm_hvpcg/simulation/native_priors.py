@@ -12,7 +12,7 @@ from openmm_hvpcg.prior_terms import DIHEDRAL_ORDER, PriorTerms
 #: Force group of each prior; the network has group 1.
 PRIOR_GROUPS = {"bonds": 2, "angles": 3, "dihedrals": 4, "impropers": 5, "repulsion": 6}
 
-ANGLE_ENERGY = "0.5*k*(cos(theta)-c0)^2"
+ANGLE_ENERGY = "0.5*k*(cos(theta)-c0)^2+h*max(0,(s-cos(theta))/(1+s))^3"
 DIHEDRAL_ENERGY = "+".join(f"a{n}*cos({n}*theta)+b{n}*sin({n}*theta)" for n in range(1, DIHEDRAL_ORDER + 1))
 IMPROPER_ENERGY = "k*(1-cos(theta-phi0))"
 
@@ -56,7 +56,7 @@ def _build_angles(terms: PriorTerms, n_beads: int, replicas: int) -> openmm.Forc
     if not len(terms.angles):
         return None
     force = openmm.CustomAngleForce(ANGLE_ENERGY)
-    for name in ("k", "c0"):
+    for name in ("k", "c0", "h", "s"):
         force.addPerAngleParameter(name)
     for atoms, row in _copies(terms.geometry.angles, terms.angles, n_beads, replicas):
         force.addAngle(*atoms, row)

@@ -19,6 +19,8 @@ from openmm_hvpcg.training.losses import compute_hvp_target, whiten
 from openmm_hvpcg.training.noise import LabelNoise, choose_frames, estimate_noise
 from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared
 
+#: What is judged; see :class:`_Figures`.
+TERMS = ("force", "hvp", "loss_force", "loss_hvp")
 #: Stretches of the held-out frames behind standard errors.
 N_STRETCHES = 10
 
@@ -96,27 +98,34 @@ def _judge(
 ) -> _Figures:
     n_frames = len(tensors.positions)
     chosen = choose_frames(n_frames)
-    squares: dict[str, list[NDArray[np.float64]]] = {}
-    at_chosen: dict[str, list[Tensor]] = {}
+    # Places for what is kept, made first: small pieces kept from every chunk would hold the memory of the rest.
+    squares = {name: np.zeros((2, n_frames)) for name in TERMS}
+    kept = {name: _make_room(tensors.forces, chosen) for name in ("positions", "force", "loss_force")}
+    kept |= {name: _make_room(tensors.hvps, chosen) for name in ("probes", "hvp", "loss_hvp")}
     for start in range(0, n_frames, CHUNK_FRAMES):
         rows = slice(start, start + CHUNK_FRAMES)
         part = _take(tensors, rows)
         terms = _compute_terms(network, part, prepared.beta)
-        kept = torch.from_numpy(chosen[(chosen >= start) & (chosen < start + CHUNK_FRAMES)] - start)
+        first, last = np.searchsorted(chosen, [start, start + CHUNK_FRAMES])
+        wanted = torch.from_numpy(chosen[first:last] - start)
         for name, both in terms.items():
-            found = np.stack([(r.double() ** 2).flatten(1).mean(1).numpy() for r in both])
-            squares.setdefault(name, []).append(found)
-            at_chosen.setdefault(name, []).append(both[0][kept])
-        for name in ("positions", "probes"):
-            at_chosen.setdefault(name, []).append(getattr(part, name)[kept])
+            squares[name][:, rows] = np.stack([(r.double() ** 2).flatten(1).mean(1).numpy() for r in both])
+            kept[name][first:last] = both[0][wanted].numpy()
+        kept["positions"][first:last] = part.positions[wanted].numpy()
+        kept["probes"][first:last] = part.probes[wanted].numpy()
         prepared.storage.release()
-    noise = _estimate_noises({n: torch.cat(r).numpy() for n, r in at_chosen.items()}, chosen, tensors, dataset)
+    noise = _estimate_noises(kept, chosen, tensors, dataset)
     return _Figures(
-        {name: np.concatenate(parts, axis=1) for name, parts in squares.items()},
+        squares,
         noise,
         tensors.forces[0].numel(),
         validation,
     )
+
+
+def _make_room(tensor: Tensor, frames: NDArray[np.int64]) -> NDArray[np.float32]:
+    """For rows like those of the tensor at some frames."""
+    return np.zeros((len(frames), *tensor.shape[1:]), dtype=np.float32)
 
 
 def _take(tensors: MoleculeTensors, rows: slice) -> MoleculeTensors:

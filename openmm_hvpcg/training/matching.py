@@ -125,14 +125,16 @@ class MatchingModule(lightning.LightningModule):
             energy = functools.partial(self.network, species=m.species.to(self.device))
             wanted = torch.zeros(len(m.positions), dtype=torch.bool)
             wanted[torch.from_numpy(frames)] = True
-            parts = []
+            residuals, done = torch.zeros(len(frames), *m.forces.shape[1:]), 0
             for start in range(0, len(wanted), CHUNK_FRAMES):
                 rows = slice(start, start + CHUNK_FRAMES)
-                if wanted[rows].any():
+                n = int(wanted[rows].sum())
+                if n > 0:
                     forces = compute_forces(energy, m.positions[rows].to(self.device)).cpu()
-                    parts.append((m.forces[rows] - forces)[wanted[rows]])
+                    residuals[done : done + n] = (m.forces[rows] - forces)[wanted[rows]]
+                    done += n
                     self.prepared.storage.release()
-            found.append(torch.cat(parts))
+            found.append(residuals)
         return found
 
     def training_step(self, batch: Batch, _: int) -> Tensor:

@@ -78,7 +78,7 @@ def main() -> None:
 def build_spec(bead_map: BeadMap, dataset: LabelledFrames) -> PotentialSpec:
     priors = PriorParameters(
         bonds={ANY: (5e4, 0.14)},
-        angles={ANY: (200.0, -0.5)},
+        angles={ANY: (200.0, -0.5, 50.0, -0.4)},
         dihedrals={ANY: (1.0, 0.5, 0.2, 0.1, 0.3, 0.4)},
         impropers={ANY: (20.0, 0.6)},
         repulsion={ANY: (0.35,)},

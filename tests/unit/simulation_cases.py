@@ -39,7 +39,7 @@ def build_priors(bond_k: float = 1500.0) -> PriorParameters:
     """Parameters that differ between species, so that a mix-up of terms shows."""
     return PriorParameters(
         {"*": (bond_k, 0.30), "A|B": (1.2 * bond_k, 0.33)},
-        {"*": (60.0, -0.5), "A|B|A": (80.0, -0.3)},
+        {"*": (60.0, -0.5, 40.0, 0.6), "A|B|A": (80.0, -0.3, 30.0, 0.8)},
         {"*": (1.0, 0.5, 0.2, 0.1, 0.3, 0.4), "A|B|A|B": (2.0, -0.7, 0.3, 0.6, -0.2, 0.1)},
         {"*": (20.0, 0.6)},
         {"*": (0.5,), "A|C": (0.62,)},

@@ -111,7 +111,14 @@ DEFAULTS: dict[str, Any] = {
         "seed": 2,
     },
     "reference": None,
-    "priors": {"bonds": True, "angles": True, "dihedrals": True, "repulsion": True, "min_molecules": 2},
+    "priors": {
+        "bonds": True,
+        "angles": True,
+        "dihedrals": True,
+        "repulsion": True,
+        "angle_walls": True,
+        "min_molecules": 2,
+    },
     "model": {"kind": "schnet", "features": 64, "interactions": 2, "radial": 20, "cutoff_nm": 1.2, "options": None},
     "training": {
         "arms": [{"name": "fm", "hvp_weight": 0.0}, {"name": "hvp", "hvp_weight": 1.0}],

@@ -239,9 +239,9 @@ class TestFile:
             ),
             (
                 {"format_version": FORMAT_VERSION + 1},
-                "format version is too new: expected 1, got 2. Upgrade openmm-hvpcg",
+                "format version is too new: expected 2, got 3. Upgrade openmm-hvpcg",
             ),
-            ({"format_version": 0}, "format version is not supported: expected 1, got 0. Export it again"),
+            ({"format_version": 0}, "format version is not supported: expected 2, got 0. Export it again"),
             ({"units": {**UNITS, "length": "angstrom"}}, "units differ"),
             ({"species": 3}, "malformed"),
             ({"cutoff_nm": "far"}, "malformed"),

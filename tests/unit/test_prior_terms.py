@@ -179,7 +179,7 @@ class TestAssignment:
         assert terms.geometry.bonds.tolist() == CHAIN.tolist()
         assert terms.bonds.tolist() == [[10.0, 0.3], [20.0, 0.4], [10.0, 0.3]]
         assert terms.geometry.angles.tolist() == [[0, 1, 2], [1, 2, 3]]
-        assert terms.angles.tolist() == [[1.0, -0.5], [1.0, -0.5]]
+        assert terms.angles.tolist() == [[1.0, -0.5, 0.0, 0.0]] * 2
         assert terms.dihedrals.tolist() == [list(DIHEDRAL)]
         assert terms.repulsion_epsilon == 2.5
 
@@ -189,7 +189,7 @@ class TestAssignment:
         for name, width in (("angles", 3), ("dihedrals", 4), ("impropers", 4), ("pairs", 2)):
             assert getattr(terms.geometry, name).shape == (0, width)
         shapes = [getattr(terms, name).shape for name in TERMS]
-        assert shapes == [(3, 2), (0, 2), (0, 2 * DIHEDRAL_ORDER), (0, 2), (0, 1)]
+        assert shapes == [(3, 2), (0, 4), (0, 2 * DIHEDRAL_ORDER), (0, 2), (0, 1)]
 
     def test_one_bead(self) -> None:
         terms = assign_prior_terms(PARAMETERS, tuple("A"), np.empty((0, 2), dtype=np.int64))
@@ -207,7 +207,7 @@ class TestAssignment:
         with caplog.at_level(logging.DEBUG, "openmm_hvpcg"):
             terms = assign_prior_terms(parameters, tuple("ABCB"), CHAIN)
         assert terms.bonds.tolist() == [[10.0, 0.3], [7.0, 0.7], [7.0, 0.7]]
-        assert terms.angles.tolist() == [[2.0, -0.2], [3.0, -0.3]]
+        assert terms.angles.tolist() == [[2.0, -0.2, 0.0, 0.0], [3.0, -0.3, 0.0, 0.0]]
         assert terms.dihedrals.tolist() == [list(DIHEDRAL[::-1])]
         (record,) = caplog.records
         assert record.levelno == logging.DEBUG

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from training_cases import KT, REST, build_labels, build_map
 
 from openmm_hvpcg.config import PriorSettings
 from openmm_hvpcg.errors import DataError
-from openmm_hvpcg.prior_terms import ANY, assign_prior_terms
-from openmm_hvpcg.training.fit_priors import MIN_FRAMES, SIGMA_FACTOR, fit_priors
+from openmm_hvpcg.prior_terms import ANY, NO_WALL, assign_prior_terms
+from openmm_hvpcg.training.fit_priors import MIN_FRAMES, SIGMA_FACTOR, WALL_HEIGHT_KT, WALL_MARGIN, fit_priors
+from openmm_hvpcg.training.models.priors import angle_energy
 from openmm_hvpcg.training.noise import estimate_noise
 
 
@@ -37,7 +39,7 @@ def test_boltzmann_inversion_finds_the_parameters_it_was_sampled_from():
     k, r0 = found.bonds["A|B"]
     assert r0 == pytest.approx(0.3, abs=5 * 0.01 / n**0.5)
     assert k == pytest.approx(KT / 0.01**2, rel=0.05)
-    k, c0 = found.angles["A|B|C"]
+    k, c0, *_ = found.angles["A|B|C"]
     # The vertex is bead 1: its arms point to bead 0 and to +x.
     assert c0 == pytest.approx(-0.4, abs=5 * 0.05 / n**0.5)
     assert k == pytest.approx(KT / 0.05**2, rel=0.05)
@@ -45,6 +47,37 @@ def test_boltzmann_inversion_finds_the_parameters_it_was_sampled_from():
     # The histogram's pseudo-counts and bin noise stay below 0.1 kT in each coefficient.
     np.testing.assert_allclose([a1, b1], [-2 * KT * np.cos(0.8), -2 * KT * np.sin(0.8)], atol=0.1 * KT)
     assert max(map(abs, (a2, a3, b2, b3))) < 0.15 * KT
+
+
+def test_wall_starts_beyond_the_straightest_angle_and_keeps_angles_from_being_straight():
+    rng, n = np.random.default_rng(0), 20000
+    cosine = np.clip(rng.normal(-0.6, 0.08, n), -0.99, 0.99)
+    chain = build_map("ABCD", [[0, 1], [1, 2], [2, 3]])
+    positions = place_chain(np.full(n, 0.3), cosine, rng.uniform(-np.pi, np.pi, n))
+    _, _, height, start = fit_priors([(chain, positions)], PriorSettings(), 300.0).angles["A|B|C"]
+    # One frame in a thousand lies beyond, by the definition of the quantile; the wall starts a margin after it.
+    assert start == pytest.approx(np.quantile(cosine, 1e-3) - WALL_MARGIN, abs=1e-6)
+    assert height == pytest.approx(WALL_HEIGHT_KT * KT)
+    index, rows = torch.tensor([[0, 1, 2]]), torch.tensor([[0.0, 0.0, height, start]], dtype=torch.float64)
+
+    def energy(c: float) -> float:
+        x = torch.tensor(place_chain(np.array([0.3]), np.array([c]), np.zeros(1)))
+        return float(angle_energy(x, index, rows))
+
+    assert energy(start + 1e-6) == 0.0
+    assert energy(-1.0 + 1e-12) == pytest.approx(height, rel=1e-6)
+    # C2 at the start: the energy grows with the third power, an eighth at half the way.
+    assert energy(0.5 * (start - 1.0)) == pytest.approx(height / 8, rel=1e-6)
+
+
+def test_no_wall_where_frames_have_straight_angles_or_none_is_wanted():
+    rng, n = np.random.default_rng(0), 1000
+    chain = build_map("ABCD", [[0, 1], [1, 2], [2, 3]])
+    straight = place_chain(np.full(n, 0.3), -1.0 + 0.05 * rng.random(n), rng.uniform(-np.pi, np.pi, n))
+    assert fit_priors([(chain, straight)], PriorSettings(), 300.0).angles["A|B|C"][2:] == NO_WALL
+    bent = place_chain(np.full(n, 0.3), np.full(n, -0.4), rng.uniform(-np.pi, np.pi, n))
+    assert fit_priors([(chain, bent)], PriorSettings(angle_walls=False), 300.0).angles["A|B|C"][2:] == NO_WALL
+    assert fit_priors([(chain, bent)], PriorSettings(), 300.0).angles["A|B|C"][2] > 0
 
 
 def test_dihedrals_about_one_bond_count_once():

@@ -17,11 +17,12 @@ def bond_energy(positions: Tensor, index: Tensor, parameters: Tensor) -> Tensor:
 
 
 def angle_energy(positions: Tensor, index: Tensor, parameters: Tensor) -> Tensor:
-    """``k/2 (cos(theta) - c0)^2``; parameters (n, 2): k, c0."""
+    """``k/2 (cos(theta) - c0)^2``, and ``h ((s - cos(theta))/(1 + s))^3`` below s; parameters (n, 4): k, c0, h, s."""
     a = positions[:, index[:, 0]] - positions[:, index[:, 1]]
     b = positions[:, index[:, 2]] - positions[:, index[:, 1]]
     cosine = (a * b).sum(dim=-1) / (torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1))
-    return (0.5 * parameters[:, 0] * (cosine - parameters[:, 1]) ** 2).sum(dim=-1)
+    beyond = torch.clamp((parameters[:, 3] - cosine) / (1.0 + parameters[:, 3]), min=0.0)
+    return (0.5 * parameters[:, 0] * (cosine - parameters[:, 1]) ** 2 + parameters[:, 2] * beyond**3).sum(dim=-1)
 
 
 def dihedral_angle(positions: Tensor, index: Tensor) -> Tensor:
