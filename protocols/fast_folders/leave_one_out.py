@@ -10,11 +10,13 @@ finished. The command goes on where it was stopped. `--set` is that of openmm-hv
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +51,16 @@ def leave_each_out(protocol: Path, out: Path, overrides: Sequence[str], wanted: 
     data = open_study(protocol, out / "data", [*overrides, *set_roles(names, None)])
     run_stage(data, "sample")
     run_stage(data, "label")
-    figures: dict[str, Any] = {}
+    results = out / "leave_one_out.json"
+    figures: dict[str, Any] = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
     for name in wanted or names:
         logger.info("%s held out", name)
         share_data(data, out / name)
         study = open_study(protocol, out / name, [*overrides, *set_roles(names, name)])
+        # Molecules that are built already: large ones take minutes.
+        study = replace(study, cache=data.cache)
         figures[name] = run_study(study)["molecules"][name]
-        write_json(out / "leave_one_out.json", figures)
+        write_json(results, figures)
     for name, molecule in figures.items():
         kl = (f"{arm} {describe_kl(found)}" for arm, found in molecule["arms"].items())
         logger.info("%s: KL along the slowest mode: %s", name, ", ".join(kl))

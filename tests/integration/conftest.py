@@ -43,8 +43,8 @@ SHRINK_REFERENCE = (
     "reference.stride=1",
     "reference.platform=Reference",
 )
-#: Protocols with more or larger molecules than a test has time for, by folder: those that are left, and their roles. Every
-#: species of the molecule to test on has to be in one to train on.
+#: Protocols with more or larger molecules than a test has time for, by folder: those that are left, and their roles.
+#: Every species of the molecule to test on has to be in one to train on.
 SHRINK_MOLECULES = {
     "fast_folders": {"chignolin": "test", "trp_cage": "train", "bba": "train"},
     "unseen_peptides": {"VDKR": "train", "SIHG": "train", "KSIV": "test"},
