@@ -116,6 +116,7 @@ def make_tables(results: Results) -> str:
     parts += [f"## More figures, {largest} frames"]
     for title in list(COLUMNS)[1:]:
         parts += [f"### {title}", *make_table(results, largest, title), ""]
+    parts += ["### Share of the CG frames beyond the range of the AA data along mode 1", *make_outside(results), ""]
     parts += ["## Sizes and contacts", *make_moments(results, largest), ""]
     parts += ["## Training", *make_training(results)]
     return "\n".join(parts) + "\n"
@@ -161,6 +162,23 @@ def summarize(results: Results, size: int) -> str:
         f" best {100 * (ratios.min() - 1):+.0f} %, worst {100 * (ratios.max() - 1):+.0f} %."
         f" Unstable runs: {', '.join(f'{k} {v}' for k, v in unstable.items())}."
     )
+
+
+def make_outside(results: Results) -> list[str]:
+    """What KL(AA || CG) does not see: states that only the CG model visits. Mean over seeds, with each seed's."""
+    cases = [(arm, size) for size in results.sizes for arm in results.arms]
+    lines = [
+        f"| peptide | {' | '.join(f'{NAMES[arm]}, {size}' for arm, size in cases)} |",
+        "|" + " --- |" * (1 + len(cases)),
+    ]
+    for peptide in results.peptides:
+        cells = []
+        for arm, size in cases:
+            shares = [100 * run["tica1"]["outside"] for run in results.find(arm, size, peptide)]
+            each = ", ".join(f"{s:.2f}" for s in shares)
+            cells.append(f"{np.mean(shares):.2f} % ({each})" if shares else "-")
+        lines.append(f"| {peptide} | {' | '.join(cells)} |")
+    return lines
 
 
 def make_moments(results: Results, size: int) -> list[str]:
