@@ -156,21 +156,26 @@ class FrameGroup:
         )
 
     def gather(
-        self, molecules: NDArray[np.int64], frames: NDArray[np.int64], probes: NDArray[np.int64], weight: float = 1.0
+        self,
+        molecules: NDArray[np.int64],
+        frames: NDArray[np.int64],
+        probes: NDArray[np.int64],
+        weight: float,
+        storage: Storage,
     ) -> Batch:
         """The batch of some frames (F,), each of a member (F,), with some of its probes (F, P)."""
         rows = torch.from_numpy(self.first_frame[molecules] + frames)
         first = self.first_probe[molecules] + frames * self.n_probes[molecules]
         columns = torch.from_numpy(first[:, None] + probes)
         return Batch(
-            self.positions[rows],
-            self.forces[rows],
-            self.probes[columns],
-            self.hvps[columns],
+            storage.gather(self.positions, rows),
+            storage.gather(self.forces, rows),
+            storage.gather(self.probes, columns),
+            storage.gather(self.hvps, columns),
             self.species[0] if len(self.members) == 1 else self.species[torch.from_numpy(molecules)],
-            self.covariances[columns],
+            storage.gather(self.covariances, columns),
             self.own_share[torch.from_numpy(molecules)],
-            None if self.whitening is None else self.whitening[rows],
+            None if self.whitening is None else storage.gather(self.whitening, rows),
             weight,
         )
 
@@ -189,9 +194,7 @@ class FrameBatches(Dataset[Batch]):
 
     def __getitem__(self, index: BatchIndex) -> Batch:
         group = self.groups[self._group[index.molecules[0]]]
-        batch = group.gather(self._member[index.molecules], index.frames, index.probes, index.weight)
-        self.storage.release()
-        return batch
+        return group.gather(self._member[index.molecules], *index[1:], self.storage)
 
 
 class BatchSampler(Sampler[BatchIndex]):

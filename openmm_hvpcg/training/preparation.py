@@ -82,7 +82,7 @@ class Prepared:
             self.molecules, self.pooling, self.pooled, residuals, strict=True
         ):
             if pooled is not None:
-                pooled.fit(molecule.positions[torch.from_numpy(frames)], residual)
+                pooled.fit(self.storage.gather(molecule.positions, torch.from_numpy(frames)), residual)
                 apply_pooled(pooled, molecule, self.storage)
 
 
@@ -208,7 +208,8 @@ def _choose_covariance(
         return molecule, None
     rows = torch.from_numpy(thin_rows(frames, count_soft_features(dataset.bead_map.n_beads)))
     try:
-        pooled = PooledCovariance(molecule.positions[rows], settings.covariance_regions, settings.seed)
+        positions, forces = storage.gather(molecule.positions, rows), storage.gather(molecule.forces, rows)
+        pooled = PooledCovariance(positions, settings.covariance_regions, settings.seed)
     except ValueError:
         if kind == "pooled" and settings.hvp_weight != 0:
             logger.warning("%s: beads on a line have no local axes: each frame's own covariance is used", dataset.name)
@@ -217,7 +218,7 @@ def _choose_covariance(
         if molecule.whitening is not None:
             molecule.whitening.copy_(torch.eye(molecule.whitening.shape[-1]))
         return replace(molecule, whitening=None), None
-    pooled.fit(molecule.positions[rows], molecule.forces[rows])
+    pooled.fit(positions, forces)
     if molecule.whitening is not None:
         pooled.whiten(molecule.positions, molecule.whitening, storage.release)
     if kind != "pooled":

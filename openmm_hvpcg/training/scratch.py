@@ -11,7 +11,7 @@ import mmap
 import os
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ class Storage(Protocol):
     def allocate(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Float32 zeros of a shape, to be written to; no two have one name."""
 
+    def gather(self, tensor: Tensor, rows: Tensor) -> Tensor:
+        """``tensor[rows]`` of an allocated tensor, or of whole rows of one; for rows that lie far apart."""
+
     def release(self) -> None:
         """Keep nothing of the tensors in memory that lies in files."""
 
@@ -36,6 +39,10 @@ class Memory:
     def allocate(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Zeros that take no memory until they are written to."""
         return torch.from_numpy(np.zeros(shape, dtype=np.float32))
+
+    def gather(self, tensor: Tensor, rows: Tensor) -> Tensor:
+        """``tensor[rows]``."""
+        return tensor[rows]
 
     def release(self) -> None:
         """Nothing to do."""
@@ -54,6 +61,8 @@ class Scratch:
         self.folder = folder
         self.attach = attach
         self._maps: list[mmap.mmap] = []
+        #: Of each file the address it is mapped to, its size, and the file.
+        self._files: list[tuple[int, int, BinaryIO]] = []
         if not attach:
             self.delete()
             with explain_disk_errors(folder):
@@ -73,11 +82,27 @@ class Scratch:
         path = self.folder / f"{name}.float32"
         if not self.attach:
             check_free_space(path, n_bytes)
-        with explain_disk_errors(path), open(path, "r+b" if self.attach else "w+b") as handle:
+        with explain_disk_errors(path):
+            file = open(path, "r+b" if self.attach else "w+b", buffering=0)  # noqa: SIM115  open as long as the map
             if not self.attach:
-                _reserve(handle.fileno(), n_bytes)
-            self._maps.append(mmap.mmap(handle.fileno(), n_bytes))
-        return torch.from_numpy(np.frombuffer(self._maps[-1], dtype=np.float32).reshape(shape))
+                _reserve(file.fileno(), n_bytes)
+            self._maps.append(mmap.mmap(file.fileno(), n_bytes))
+        tensor = torch.from_numpy(np.frombuffer(self._maps[-1], dtype=np.float32).reshape(shape))
+        self._files.append((tensor.data_ptr(), n_bytes, file))
+        return tensor
+
+    def gather(self, tensor: Tensor, rows: Tensor) -> Tensor:
+        """``tensor[rows]``, read from the file: through the map, each row could take megabytes around it along."""
+        address, size = tensor.data_ptr(), 4 * math.prod(tensor.shape[1:])
+        at, _, file = next(f for f in self._files if f[0] <= address < f[0] + f[1])
+        found = np.empty((*rows.shape, *tensor.shape[1:]), dtype=np.float32)
+        if found.size > 0:
+            wanted, buffer = rows.flatten().numpy(), memoryview(found).cast("B")
+            starts = np.flatnonzero(np.diff(wanted, prepend=wanted[0] - 2) != 1)
+            for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(wanted)], strict=True):
+                place, n_bytes = address - at + int(wanted[start]) * size, (stop - start) * size
+                buffer[start * size : stop * size] = os.pread(file.fileno(), n_bytes, place)
+        return torch.from_numpy(found)
 
     def release(self) -> None:
         """Let go of the pages: what was written is kept, by the system's cache or in the files."""
@@ -86,7 +111,10 @@ class Scratch:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
     def delete(self) -> None:
-        """Remove the files."""
+        """Remove the files; what was given keeps its memory."""
+        for _, _, file in self._files:
+            file.close()
+        self._files.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

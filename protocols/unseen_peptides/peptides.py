@@ -115,6 +115,17 @@ def load_labels(path: Path) -> list[LabelledFrames]:
     return datasets
 
 
+def load_trained(path: Path, name: str) -> tuple[Frames, BeadMap]:
+    """Bead positions of a peptide that was trained on, from its labels."""
+    data = next(d for d in load_labels(path) if d.name == name)
+    with _open_archive(path) as root:
+        facts = dict(root.attrs)
+    kept = np.bincount(data.walker).max()
+    interval_ps = float(facts["interval_ps"]) * facts["sampling"]["frames_a_copy"] / kept
+    topology = data.bead_map.to_topology()
+    return Frames(data.positions, topology, data.temperature_K, data.walker, interval_ps=interval_ps), data.bead_map
+
+
 def save_references(
     path: Path, references: dict[str, tuple[NDArray[np.int16], NDArray[Any], BeadMap]], facts: dict[str, Any]
 ) -> None:

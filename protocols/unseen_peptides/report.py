@@ -89,7 +89,7 @@ def main() -> None:
     plot_profiles(results, options.out / "profiles.png")
     plot_efficiency(results, options.out / "efficiency.png")
     for run in content["runs"]:
-        for figures in run["peptides"].values():
+        for figures in [*run["peptides"].values(), *run["trained peptides"].values()]:
             figures.pop("curve", None)
     (options.out / "results.json").write_text(json.dumps(shorten(content), indent=1) + "\n", encoding="utf-8")
 
@@ -117,6 +117,7 @@ def make_tables(results: Results) -> str:
     for title in list(COLUMNS)[1:]:
         parts += [f"### {title}", *make_table(results, largest, title), ""]
     parts += ["### Share of the CG frames beyond the range of the AA data along mode 1", *make_outside(results), ""]
+    parts += [f"## Peptides that were trained on, {largest} frames", *make_trained(results, largest), ""]
     parts += ["## Sizes and contacts", *make_moments(results, largest), ""]
     parts += ["## Training", *make_training(results)]
     return "\n".join(parts) + "\n"
@@ -162,6 +163,25 @@ def summarize(results: Results, size: int) -> str:
         f" best {100 * (ratios.min() - 1):+.0f} %, worst {100 * (ratios.max() - 1):+.0f} %."
         f" Unstable runs: {', '.join(f'{k} {v}' for k, v in unstable.items())}."
     )
+
+
+def make_trained(results: Results, size: int) -> list[str]:
+    """KL along mode 1 on peptides of the training set: what is left there is not for want of transfer."""
+    runs = [r for r in results.runs if r["n_frames"] == size and r["trained peptides"]]
+    lines = [
+        f"| peptide | {' | '.join(NAMES[a] for a in results.arms)} | two halves of AA |",
+        "|" + " --- |" * (2 + len(results.arms)),
+    ]
+    for peptide in sorted({name for r in runs for name in r["trained peptides"]}):
+        cells, floor = [], 0.0
+        for arm in results.arms:
+            found = [r["trained peptides"].get(peptide) for r in runs if r["arm"] == arm]
+            stable = [f["tica1"] for f in found if f is not None and f["stable"]]
+            floor = stable[0]["kl_floor"] if stable else floor
+            error = np.sqrt(np.mean([f["kl_error"] ** 2 for f in stable]) / len(stable)) if stable else 0.0
+            cells.append(f"{np.mean([f['kl'] for f in stable]):.3f} ± {error:.3f}" if stable else "-")
+        lines.append(f"| {peptide} | {' | '.join(cells)} | {floor:.3f} |")
+    return lines
 
 
 def make_outside(results: Results) -> list[str]:

@@ -34,6 +34,7 @@ from peptides import (
     list_peptides,
     load_labels,
     load_reference,
+    load_trained,
     save_labels,
     save_references,
 )
@@ -83,6 +84,9 @@ def main() -> None:
     study.add_argument("--arms", nargs="+")
     study.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     study.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    study.add_argument(
+        "--peptides", nargs="+", help="the unseen ones, if not given; trained ones tell what is transfer"
+    )
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     protocol = load_protocol(options.protocol)
@@ -179,7 +183,7 @@ def make_references(protocol: Protocol, samples: Path, data: Path) -> None:
 def run_study(protocol: Protocol, options: argparse.Namespace) -> None:
     arms = options.arms or [arm.name for arm in protocol.training.arms]
     work = [Work(a, size, seed) for seed in options.seeds for size in options.sizes for a in arms]
-    peptides = [m.name for m in list_peptides(protocol, "test")]
+    peptides = options.peptides or [m.name for m in list_peptides(protocol, "test")]
     run_all(protocol, options, work, [None])
     run_all(protocol, options, work, peptides)
     collect(protocol, options.out)
@@ -237,7 +241,12 @@ def train_one(protocol: Protocol, data: Path, out: Path, work: Work) -> None:
 
 
 def simulate_one(protocol: Protocol, data: Path, out: Path, work: Work, peptide: str) -> None:
-    reference, bead_map = load_reference(data / REFERENCES, peptide)
+    unseen = peptide in [m.name for m in list_peptides(protocol, "test")]
+    reference, bead_map = load_reference(data / REFERENCES, peptide) if unseen else load_trained(data / LABELS, peptide)
+    analysis = protocol.analysis
+    if not unseen:
+        # Fewer frames were kept of these, three times as far apart.
+        analysis = analysis.model_copy(update={"lag_frames": max(1, analysis.lag_frames // 3)})
     folder = out / "models" / work.name
     run = folder / "cg" / peptide
     settings = protocol.simulation.model_copy(update={"seed": work.seed, "platform": "Reference"})
@@ -251,7 +260,7 @@ def simulate_one(protocol: Protocol, data: Path, out: Path, work: Work, peptide:
             topology=bead_map,
             progress=False,
         )
-        content = judge(reference, load_run(run, reference.topology), protocol.analysis, peptide)
+        content = judge(reference, load_run(run, reference.topology), analysis, peptide)
         content |= {"stable": True, "steps_per_second": result.steps_per_second}
     except UnstableSimulationError as error:
         content = {"stable": False, "message": str(error)}
@@ -268,7 +277,17 @@ def collect(protocol: Protocol, out: Path) -> None:
         arm, size, seed = path.parent.name.rsplit("-", 2)
         peptides = {p.stem: json.loads(p.read_text("utf-8")) for p in sorted(path.parent.glob("peptides/*.json"))}
         fit = json.loads(path.read_text("utf-8"))
-        runs.append({"arm": arm, "n_frames": int(size), "seed": int(seed), "fit": fit, "peptides": peptides})
+        unseen = {m.name for m in list_peptides(protocol, "test")}
+        runs.append(
+            {
+                "arm": arm,
+                "n_frames": int(size),
+                "seed": int(seed),
+                "fit": fit,
+                "peptides": {name: figures for name, figures in peptides.items() if name in unseen},
+                "trained peptides": {name: figures for name, figures in peptides.items() if name not in unseen},
+            }
+        )
     content = {
         "command": "python protocols/unseen_peptides/run.py study --out OUT",
         "protocol": protocol.model_dump(mode="json", exclude={"molecules"}),

@@ -71,6 +71,7 @@ def study(call: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -
     call("run", *common, "label", root / "samples", "--scratch", root / "scratch")
     call("run", *common, "reference", root / "samples")
     call("run", *common, "study", "--out", root / "out", "--sizes", 400, "--seeds", 1)
+    call("run", *common, "study", "--out", root / "out", "--sizes", 400, "--seeds", 1, "--peptides", "GA")
     call("report", root / "out", "--out", root / "report")
     return root
 
@@ -101,6 +102,8 @@ def test_results_and_report(study: Path) -> None:
     for run in content["runs"]:
         # Twenty per cent of the frames are held out for validation.
         assert run["fit"]["n_frames"] == 3 * 32
+        assert (set(run["peptides"]), set(run["trained peptides"])) == ({"AGA"}, {"GA"})
+        assert run["trained peptides"]["GA"]["tica1"]["kl"] >= 0
         figures = run["peptides"]["AGA"]
         assert figures["stable"]
         for key in ("tica1", "tica12", "radius_of_gyration", "contacts"):

@@ -124,6 +124,10 @@ def test_scratch_holds_what_is_written(tmp_path):
     values[7] = -1.0
     assert other[7].tolist() == [-1.0] * 3
     assert scratch.allocate("empty", (0, 3)).shape == (0, 3)
+    for rows in ([[3, 4], [5, 39], [0, 0]], [7], [], list(range(40))):
+        wanted = torch.tensor(rows, dtype=torch.long)
+        for part in (values, values[10:], values.unflatten(0, (50, 1))):
+            assert torch.equal(scratch.gather(part, wanted), part[wanted])
     scratch.delete()
     assert list(tmp_path.iterdir()) == []
 
