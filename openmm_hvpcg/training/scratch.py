@@ -97,7 +97,7 @@ class Scratch:
         at, _, file = next(f for f in self._files if f[0] <= address < f[0] + f[1])
         found = np.empty((*rows.shape, *tensor.shape[1:]), dtype=np.float32)
         if found.size > 0:
-            wanted, buffer = rows.flatten().numpy(), memoryview(found).cast("B")
+            wanted, buffer = rows.flatten().numpy(), found.data.cast("B")
             starts = np.flatnonzero(np.diff(wanted, prepend=wanted[0] - 2) != 1)
             for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(wanted)], strict=True):
                 place, n_bytes = address - at + int(wanted[start]) * size, (stop - start) * size
