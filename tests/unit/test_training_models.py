@@ -44,7 +44,7 @@ ENERGIES = {
     "network": lambda x: build_random_network()(x, SPECIES),
     "bond": lambda x: priors.bond_energy(x, torch.tensor([[0, 1], [2, 3]]), torch.tensor([[900.0, 0.1], [500.0, 0.2]])),
     "angle": lambda x: priors.angle_energy(
-        x, torch.tensor([[0, 1, 2], [1, 2, 4]]), torch.tensor([[50.0, -0.4], [9.0, 0.3]])
+        x, torch.tensor([[0, 1, 2], [1, 2, 4]]), torch.tensor([[50.0, -0.4, 30.0, 0.5], [9.0, 0.3, 10.0, 0.2]])
     ),
     "dihedral": lambda x: priors.dihedral_energy(x, INDEX4, torch.arange(12.0).reshape(2, 6).double()),
     "improper": lambda x: priors.improper_energy(x, INDEX4, torch.tensor([[20.0, 0.5], [30.0, -2.0]])),
