@@ -298,6 +298,13 @@ class FramesStore:
             )
         check_finite(values, f"new {what} of walker {walker}", self.path)
 
+    def read_rows(self, walker: int, first: int, last: int) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Positions (n, A, 3) and box (n, 3, 3) or None, nm, of frames ``first`` to ``last`` - 1 of ``walker``."""
+        start = int(self._starts[walker])
+        rows = slice(start + first, start + last)
+        box = np.asarray(self._group["box"][rows]) if self.periodic else None
+        return np.asarray(self._group["positions"][rows]), box
+
     def read(self) -> Frames:
         """All frames; raises :class:`DataError` if some are missing or damaged."""
         if not self.is_complete:

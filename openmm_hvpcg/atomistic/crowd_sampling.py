@@ -30,8 +30,7 @@ from openmm_hvpcg.atomistic.walker import (
 )
 from openmm_hvpcg.config import SamplingSettings
 from openmm_hvpcg.errors import InputError, UnstableSimulationError
-from openmm_hvpcg.frames import FORMAT_VERSION, FramesStore
-from openmm_hvpcg.storage import open_store
+from openmm_hvpcg.frames import FramesStore
 from openmm_hvpcg.units import BOLTZMANN, PS_PER_FS
 
 logger = logging.getLogger(__name__)
@@ -181,9 +180,8 @@ class CrowdRun:
     def _read_starts(self, stored: int) -> list[NDArray[np.float64]]:
         if not stored:
             return [self._system.positions] * self._n_walkers
-        group = open_store(self._store.path, "frames", FORMAT_VERSION)
-        rows = np.cumsum([0, *self._store.counts[:-1]]) + stored - 1
-        return [np.asarray(group["positions"][int(row)], dtype=np.float64) for row in rows]
+        rows = [self._store.read_rows(walker, stored - 1, stored)[0][0] for walker in range(self._n_walkers)]
+        return [row.astype(np.float64) for row in rows]
 
     def _advance(self, context: openmm.Context, steps: int, meter: Meter) -> list[NDArray[np.float64]]:
         """Positions of the walkers after so many steps; drifted ones are put back."""

@@ -9,11 +9,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from openmm_hvpcg.frames import FORMAT_VERSION, FramesStore
-from openmm_hvpcg.storage import open_store
+from openmm_hvpcg.frames import FramesStore
 
 
 def find_parts(path: Path) -> Path:
@@ -54,13 +50,5 @@ def gather_parts(store: FramesStore) -> None:
 def _add_missing(source: FramesStore, target: FramesStore, walker: int) -> None:
     first, last = target.count_done(walker), source.count_done(walker)
     if first < last:
-        positions, box = _read_rows(source, walker, first, last)
+        positions, box = source.read_rows(walker, first, last)
         target.append(walker, positions, box)
-
-
-def _read_rows(
-    store: FramesStore, walker: int, first: int, last: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    group, start = open_store(store.path, "frames", FORMAT_VERSION), sum(store.counts[:walker])
-    rows = slice(start + first, start + last)
-    return np.asarray(group["positions"][rows]), np.asarray(group["box"][rows]) if store.periodic else None

@@ -29,8 +29,7 @@ from openmm_hvpcg.atomistic.platforms import PlatformChoice
 from openmm_hvpcg.atomistic.walker import WalkerJob
 from openmm_hvpcg.config import SamplingSettings
 from openmm_hvpcg.errors import BackendError, UnstableSimulationError
-from openmm_hvpcg.frames import FORMAT_VERSION, FramesStore
-from openmm_hvpcg.storage import open_store
+from openmm_hvpcg.frames import FramesStore
 from openmm_hvpcg.units import NS_PER_PS, PS_PER_FS, SECONDS_PER_DAY
 
 logger = logging.getLogger(__name__)
@@ -151,7 +150,9 @@ class WalkerPool:
             checkpoint = None
         positions, box = self._system.positions, self._system.box
         if stored:
-            positions, box = self._read_frame(walker, stored - 1)
+            last, last_box = self._store.read_rows(walker, stored - 1, stored)
+            positions = last[0].astype(np.float64)
+            box = None if last_box is None else last_box[0].astype(np.float64)
         if checkpoint is None and stored:
             logger.warning("walker %d: goes on from frame %d with fresh velocities", walker, stored - 1)
         first = checkpoint.frame if checkpoint else stored
@@ -177,12 +178,6 @@ class WalkerPool:
             checkpoint_seconds=self._checkpoint_seconds,
         )
         return job, np.ascontiguousarray(positions), box, checkpoint.state if checkpoint else b""
-
-    def _read_frame(self, walker: int, frame: int) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-        group = open_store(self._store.path, "frames", FORMAT_VERSION)
-        row = sum(self._store.counts[:walker]) + frame
-        box = np.asarray(group["box"][row], dtype=np.float64) if self._store.periodic else None
-        return np.asarray(group["positions"][row], dtype=np.float64), box
 
     def _checkpoint_path(self, walker: int) -> Path:
         return self._checkpoints / f"walker_{walker}.chk"

@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from peptides import REFERENCES, list_peptides, load_reference
+from report import save_profiles
 from run import DATA, HERE
 
 from openmm_hvpcg.analysis.distributions import Landscape, Sample, compare_samples
@@ -99,14 +100,7 @@ def plot(curves: dict[str, Landscape], temperature_K: float, path: Path) -> None
         for density, label in ((landscape.reference, "extended start"), (landscape.arms["other"], "helical start")):
             axis.plot(landscape.bins.centres[0], density.compute_free_energy(temperature_K)[0], label=label)
         axis.set_title(name)
-        axis.set_ylim(-0.5, 25)
-    for axis in axes[-1]:
-        axis.set_xlabel("TICA mode 1")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("free energy, kJ/mol")
-    axes.flat[0].legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_profiles(figure, axes, path)
 
 
 if __name__ == "__main__":

@@ -99,27 +99,27 @@ def save_labels(path: Path, datasets: list[LabelledFrames], facts: dict[str, Any
 
 
 def load_labels(path: Path) -> list[LabelledFrames]:
-    datasets = []
+    """Labels of every training peptide."""
     with _open_archive(path) as root:
-        for name, group in sorted(root.groups()):
-            attributes = json.loads(group.attrs["labels"])
-            datasets.append(
-                LabelledFrames(
-                    **{a: np.asarray(group[a][:]) for a in ARRAYS},
-                    bead_map=BeadMap.from_dict(json.loads(attributes["bead_map"]), where=path),
-                    temperature_K=float(attributes["temperature_K"]),
-                    attributes=attributes,
-                    name=name,
-                )
-            )
-    return datasets
+        return [_read_labels(root, name, path) for name, _ in sorted(root.groups())]
+
+
+def _read_labels(root: zarr.Group, name: str, where: Path) -> LabelledFrames:
+    group = root[name]
+    attributes = json.loads(group.attrs["labels"])
+    return LabelledFrames(
+        **{a: np.asarray(group[a][:]) for a in ARRAYS},
+        bead_map=BeadMap.from_dict(json.loads(attributes["bead_map"]), where=where),
+        temperature_K=float(attributes["temperature_K"]),
+        attributes=attributes,
+        name=name,
+    )
 
 
 def load_trained(path: Path, name: str) -> tuple[Frames, BeadMap]:
     """Bead positions of a peptide that was trained on, from its labels."""
-    data = next(d for d in load_labels(path) if d.name == name)
     with _open_archive(path) as root:
-        facts = dict(root.attrs)
+        data, facts = _read_labels(root, name, path), dict(root.attrs)
     kept = np.bincount(data.walker).max()
     interval_ps = float(facts["interval_ps"]) * facts["sampling"]["frames_a_copy"] / kept
     topology = data.bead_map.to_topology()

@@ -19,6 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from openmm_hvpcg.units import compute_kt
+
 COLOURS = {"fm": "tab:blue", "hvp": "tab:red"}
 NAMES = {"fm": "FM", "hvp": "FM + HVP"}
 #: Title of each column and where its figure lies in a run: observable, divergence.
@@ -274,7 +276,7 @@ def plot_bars(results: Results, path: Path) -> None:
 def plot_profiles(results: Results, path: Path) -> None:
     """Free energy along the slowest mode, one line a seed."""
     size = results.sizes[0]
-    kt = 0.00831446 * results.content["protocol"]["temperature_K"]
+    kt = compute_kt(results.content["protocol"]["temperature_K"])
     figure, axes = plt.subplots(3, 3, figsize=(10, 8), layout="constrained")
     for axis, peptide in zip(axes.flat, results.peptides, strict=False):
         for arm in results.arms:
@@ -285,6 +287,12 @@ def plot_profiles(results: Results, path: Path) -> None:
                 label = NAMES[arm] if number == 0 else None
                 axis.plot(*to_profile(curve, "model", kt), color=COLOURS[arm], lw=1, alpha=0.8, label=label)
         axis.set_title(peptide)
+    save_profiles(figure, axes, path)
+
+
+def save_profiles(figure: Any, axes: Any, path: Path) -> None:
+    """Label a grid of free energies along the slowest mode, and write it."""
+    for axis in axes.flat:
         axis.set_ylim(-0.5, 25)
     for axis in axes[-1]:
         axis.set_xlabel("TICA mode 1")

@@ -38,6 +38,7 @@ from peptides import (
     save_labels,
     save_references,
 )
+from sample_crowd import GRID_NM, STARTS
 
 from openmm_hvpcg.config import ModelSettings, Protocol, TrainingSettings, load_protocol, resolve_arm
 from openmm_hvpcg.errors import UnstableSimulationError
@@ -50,7 +51,6 @@ from openmm_hvpcg.training.labels.label import label_frames
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "data" / "unseen_peptides"
-STARTS = ("extended", "helix")
 SIZES = (1600, 400)
 SEEDS = (1, 2, 3)
 
@@ -175,7 +175,7 @@ def make_references(protocol: Protocol, samples: Path, data: Path) -> None:
             bead_map,
         )
     command = "python protocols/unseen_peptides/run.py reference SAMPLES"
-    facts = {"command": command, "grid_nm": 1e-4, "starts": list(STARTS), **describe_sampling(figures)}
+    facts = {"command": command, "grid_nm": GRID_NM, "starts": list(STARTS), **describe_sampling(figures)}
     save_references(data / REFERENCES, references, facts)
     logging.info("%s: %d peptides, %.1f MB", data / REFERENCES, len(files), (data / REFERENCES).stat().st_size / 1e6)
 
@@ -273,11 +273,11 @@ def simulate_one(protocol: Protocol, data: Path, out: Path, work: Work, peptide:
 def collect(protocol: Protocol, out: Path) -> None:
     """Everything finished so far, as one file."""
     runs = []
+    unseen = {m.name for m in list_peptides(protocol, "test")}
     for path in sorted((out / "models").glob("*/fit.json")):
         arm, size, seed = path.parent.name.rsplit("-", 2)
         peptides = {p.stem: json.loads(p.read_text("utf-8")) for p in sorted(path.parent.glob("peptides/*.json"))}
         fit = json.loads(path.read_text("utf-8"))
-        unseen = {m.name for m in list_peptides(protocol, "test")}
         runs.append(
             {
                 "arm": arm,

@@ -28,6 +28,7 @@ from openmm import unit
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from openmm_hvpcg.atomistic.crowd import Crowd, build_crowd
+from openmm_hvpcg.units import BOLTZMANN
 
 STARTS = ("extended", "helix")
 #: Positions of reference beads are kept as multiples of this, nm: a hundredth of the width of a bond between beads.
@@ -121,7 +122,7 @@ class Run:
         """Kinetic temperature, K."""
         kinetic = self.context.getState(getEnergy=True).getKineticEnergy().value_in_unit(unit.kilojoule_per_mole)
         dof = 3 * self.crowd.system.getNumParticles() - self.crowd.system.getNumConstraints()
-        return float(2 * kinetic / dof / 0.00831446261815324)
+        return float(2 * kinetic / dof / BOLTZMANN)
 
 
 def sample(run: Run, args: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import openmm
 from numpy.typing import NDArray
 
-from openmm_hvpcg.atomistic.crowd import build_crowd
+from openmm_hvpcg.atomistic.crowd import Crowd, build_crowd
 from openmm_hvpcg.atomistic.periodic import label_molecules
 from openmm_hvpcg.atomistic.platforms import GPU_PLATFORMS
 from openmm_hvpcg.errors import InputError
@@ -108,7 +108,8 @@ class ForceOracle:
     ) -> None:
         if self._crowd is not None:
             for first in range(start, stop, self.n_copies):
-                self._fill_at_once(context, positions[first : min(first + self.n_copies, stop)], forces[first:stop])
+                rows = slice(first, min(first + self.n_copies, stop))
+                self._fill_at_once(self._crowd, context, positions[rows], forces[rows])
             return
         for i in range(start, stop):
             if boxes is not None:
@@ -118,16 +119,17 @@ class ForceOracle:
                 context.computeVirtualSites()
             forces[i] = context.getState(getForces=True).getForces(asNumpy=True)._value
 
-    def _fill_at_once(self, context: openmm.Context, positions: NDArray[Any], forces: NDArray[np.float64]) -> None:
+    @staticmethod
+    def _fill_at_once(
+        crowd: Crowd, context: openmm.Context, positions: NDArray[Any], forces: NDArray[np.float64]
+    ) -> None:
         """Forces of at most as many configurations as there are copies; the copies left over repeat the last."""
-        crowd, n = self._crowd, len(positions)
-        if crowd is None:
-            return
+        n = len(positions)
         index = np.minimum(np.arange(crowd.n_molecules), n - 1)
         centred = positions.astype(np.float64) - positions.mean(axis=1, keepdims=True, dtype=np.float64)
         context.setPositions((centred[index] + crowd.places[:, None]).reshape(-1, 3))
         found = context.getState(getForces=True).getForces(asNumpy=True)._value
-        forces[:n] = found.reshape(crowd.n_molecules, -1, 3)[:n]
+        forces[:] = found.reshape(crowd.n_molecules, -1, 3)[:n]
 
     def close(self) -> None:
         """Stop the threads and free the Contexts."""
