@@ -32,7 +32,7 @@ from openmm_hvpcg.training.export import export_potential
 from openmm_hvpcg.training.fit import fit_potential, load_fit
 from openmm_hvpcg.training.labels.force_maps import build_force_map
 from openmm_hvpcg.training.labels.held import find_held_atoms
-from openmm_hvpcg.training.labels.label import label_chunks, label_frames
+from openmm_hvpcg.training.labels.label import label_chunks
 from openmm_hvpcg.training.labels.oracle import find_active_atoms, find_rigid_clusters
 from openmm_hvpcg.training.reference import compute_reference, load_reference
 
@@ -132,7 +132,7 @@ def _label(study: Study) -> None:
 def _label_molecule(study: Study, name: str) -> None:
     if study.protocol.labels.averaging is not None:
         warn_of_fast_bonds(_build_system(study, name), study.protocol.labels.averaging.timestep_fs)
-    label_frames(*_collect_label_inputs(study, name), progress=study.progress)
+    label_chunks(*_collect_label_inputs(study, name), progress=study.progress)
 
 
 def _label_part(study: Study, name: str, chunks: Sequence[int]) -> list[int]:

@@ -18,10 +18,11 @@ from openmm_hvpcg.errors import ConfigError, DataError, InputError, MappingError
 from openmm_hvpcg.frames import Frames, load_frames
 from openmm_hvpcg.mapping import build_bead_map
 from openmm_hvpcg.training.dataset import load_dataset
+from openmm_hvpcg.training.labels import label
 from openmm_hvpcg.training.labels.force_maps import METHODS
 from openmm_hvpcg.training.labels.frame_maps import FrameMaps
 from openmm_hvpcg.training.labels.hvp import compute_projected_hvps
-from openmm_hvpcg.training.labels.label import CHUNK_FRAMES, label_frames
+from openmm_hvpcg.training.labels.label import CHUNK_FRAMES, label_chunks, label_frames
 from openmm_hvpcg.training.labels.oracle import ForceOracle
 from openmm_hvpcg.training.labels.probes import ProbeLaw, draw_probes
 
@@ -304,3 +305,17 @@ def test_truncated_dataset_and_other_mapping_are_refused(alanine, dataset, tmp_p
         load_dataset(tmp_path / "x.zarr")
     with pytest.raises(MappingError, match="another mapping"):
         load_dataset(dataset[0], build_bead_map("heavy", alanine.topology))
+
+
+def test_many_frames_get_longer_chunks_and_a_dataset_keeps_its_own(alanine, dataset, tmp_path, monkeypatch):
+    """A dataset begun with long chunks is finished with them by a package that would choose short ones."""
+    frames, bead_map, path = build_frames(alanine), dataset[1], tmp_path / "x.zarr"
+    assert [label._choose_chunk(n) for n in (1, 4095, 8191, 8192, 16000, 10**6)] == [64, 64, 64, 128, 192, 256]
+    with monkeypatch.context() as patch:
+        patch.setattr(label, "MANY_CHUNKS", 1)
+        assert label_chunks(alanine, frames, bead_map, SETTINGS, path, [], progress=False) == [0]
+    assert zarr.open_group(str(path), mode="r")["hvps"].chunks[0] == N_FRAMES
+    assert label_chunks(alanine, frames, bead_map, SETTINGS, path, [0], progress=False) == [0]
+    whole = label_frames(alanine, frames, bead_map, SETTINGS, path, progress=False)
+    short = label_frames(alanine, frames, bead_map, SETTINGS, tmp_path / "y.zarr", progress=False)
+    np.testing.assert_array_equal(whole.hvps, short.hvps)

@@ -19,6 +19,9 @@ from openmm_hvpcg.errors import InputError
 #: Steps tried by :func:`scan_step`, nm: from where the third derivative spoils the difference to where rounding does.
 SCAN_STEPS_NM = tuple(float(10.0**exponent) for exponent in np.arange(-2.0, -7.01, -0.5))
 
+#: Displaced positions in memory at once: enough for any platform to work on, little memory.
+BLOCK_BYTES = 2**25
+
 
 class ForceFunction(Protocol):
     """AA forces (n, A, 3) kJ/mol/nm of positions (n, A, 3) nm in boxes (n, 3, 3) nm or None."""
@@ -45,21 +48,43 @@ def compute_projected_hvps(
     step_nm : displacement of the atom that moves most, nm
     boxes : (n, 3, 3) nm or None
     """
+    n_frames, n_probes, n_beads, _ = probes.shape
+    hvps = np.empty((n_frames, n_probes, n_beads, 3))
+    block = max(1, BLOCK_BYTES // max(1, 2 * n_probes * 24 * positions.shape[1]))
+    for start in range(0, n_frames, block):
+        rows = slice(start, start + block)
+        boxes_of_rows = None if boxes is None else boxes[rows]
+        hvps[rows] = _compute_block(force_function, positions[rows], probes[rows], force_map, step_nm, boxes_of_rows)
+    return hvps
+
+
+def _compute_block(
+    force_function: ForceFunction,
+    positions: NDArray[Any],
+    probes: NDArray[Any],
+    force_map: NDArray[np.float64],
+    step_nm: float,
+    boxes: NDArray[Any] | None,
+) -> NDArray[np.float64]:
+    """HVPs of frames whose displaced copies are in memory together."""
     n_frames, n_probes = probes.shape[:2]
     n_atoms = positions.shape[1]
     directions = np.matmul(force_map.T, probes.astype(np.float64))
-    largest = np.sqrt((directions**2).sum(axis=-1)).max(axis=-1)
+    squares = directions**2
+    largest = np.sqrt((squares[..., 0] + squares[..., 1] + squares[..., 2]).max(axis=-1))
     if not (largest > 0).all():
         raise InputError("a probe displaces no atom", hint="probes must not be zero")
     epsilon = step_nm / largest
-    shift = directions * epsilon[..., None, None]
+    directions *= epsilon[..., None, None]
     base = positions.astype(np.float64)[:, None]
-    displaced = np.stack([base + shift, base - shift], axis=2)
+    displaced = np.empty((n_frames, n_probes, 2, n_atoms, 3))
+    np.add(base, directions, out=displaced[:, :, 0])
+    np.subtract(base, directions, out=displaced[:, :, 1])
     repeated = None if boxes is None else np.repeat(boxes, 2 * n_probes, axis=0)
     forces = force_function(displaced.reshape(-1, n_atoms, 3), repeated)
     forces = forces.reshape(n_frames, n_probes, 2, n_atoms, 3)
     difference = np.matmul(force_map, forces[:, :, 1] - forces[:, :, 0])
-    return difference / (2.0 * epsilon)[..., None, None]
+    return np.asarray(difference / (2.0 * epsilon)[..., None, None])
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import openmm
 from numpy.typing import NDArray
 
-from openmm_hvpcg.atomistic.platforms import PlatformChoice, choose_platform
+from openmm_hvpcg.atomistic.platforms import choose_platform
 from openmm_hvpcg.atomistic.systems import AtomisticSystem
 from openmm_hvpcg.config import LABELS_BEFORE, LabelSettings
 from openmm_hvpcg.cores import count_cores
@@ -36,13 +36,17 @@ from openmm_hvpcg.training.labels.force_maps import FITTED, ForceMap, split_in_b
 from openmm_hvpcg.training.labels.frame_maps import FrameMaps, MapSample, compare_force_maps
 from openmm_hvpcg.training.labels.held import Chains, HeldSampler, Starts, find_held_atoms
 from openmm_hvpcg.training.labels.hvp import StepScan, scan_step
+from openmm_hvpcg.training.labels.job import LabelJob, compute_chunks, start_team
 from openmm_hvpcg.training.labels.oracle import ForceOracle, count_copies
-from openmm_hvpcg.training.labels.probes import ProbeLaw, draw_probes
 from openmm_hvpcg.training.labels.sources import check_sizes, choose_frames, describe_sources, open_unfinished
+from openmm_hvpcg.training.labels.team import Team
 
 logger = logging.getLogger(__name__)
 
-CHUNK_FRAMES = 64
+#: Frames of a chunk, a file each, and what a kill loses at most: the fewest and the most. zarr takes a millisecond a file,
+#: which many labels of a small molecule feel; a cluster wants many chunks to hand out.
+CHUNK_FRAMES, MAX_CHUNK_FRAMES = 64, 256
+MANY_CHUNKS = 64
 #: Conditional averaging: frames sampled one after the other in one Context.
 CHAIN_FRAMES = 16
 AVERAGED = ("forces", "hvps", "covariances")
@@ -51,40 +55,6 @@ COMPARISON_FRAMES = 64
 SCAN_FRAMES = 4
 #: Noisier than the quietest map by more than this is worth a warning.
 WARN_NOISE_RATIO = 1.05
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is labelled, with what."""
-
-    system: AtomisticSystem
-    frames: Frames
-    bead_map: BeadMap
-    settings: LabelSettings
-    chosen: NDArray[np.int64]
-    oracle: ForceOracle
-
-    @property
-    def law(self) -> ProbeLaw:
-        return ProbeLaw(self.settings.probe_law, self.settings.probe_modes, self.settings.probe_translations)
-
-    def take(self, rows: NDArray[np.int64] | slice, n_probes: int) -> _Part:
-        """Some of the chosen frames."""
-        index = self.chosen[rows]
-        positions = self.frames.positions[index]
-        beads = self.bead_map.map_positions(positions).astype(np.float32)
-        probes = draw_probes(self.law, index, n_probes, self.bead_map.n_beads, self.settings.seed, beads)
-        return _Part(positions, beads, probes, None if self.frames.box is None else self.frames.box[index])
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Frames: atom positions (n, A, 3), bead positions (n, B, 3), probes (n, P, B, 3), box (n, 3, 3) or None."""
-
-    positions: NDArray[np.float32]
-    beads: NDArray[np.float32]
-    probes: NDArray[np.float32]
-    box: NDArray[Any] | None
 
 
 def label_frames(
@@ -131,7 +101,7 @@ def label_chunks(
     *,
     progress: bool = True,
 ) -> list[int]:
-    """Label some chunks of ``CHUNK_FRAMES`` frames only, for :func:`label_frames` to finish.
+    """Label some chunks of frames only, for :func:`label_frames` to finish.
 
     Calls with different chunks may run at once, on different machines with one file system, after a call with none
     has begun the dataset: no two chunks share a file.
@@ -172,12 +142,23 @@ def label_chunks(
         _count_workers(platform.name, settings.workers),
         count_copies(system.system, platform.name),
     ) as oracle:
-        job = _Job(system, frames, bead_map, settings, chosen, oracle)
+        job = LabelJob(system, frames, bead_map, settings, chosen, platform, oracle)
+        group, size, done = None, _choose_chunk(len(chosen)), np.zeros(len(chosen), dtype=bool)
         if Path(path).exists():
             group = open_unfinished(path, KIND, FORMAT_VERSION, "labels", made_from, LABELS_BEFORE)
-        else:
-            group = _create(job, path, made_from, platform)
-        return _fill(job, group, path, chunks, progress)
+            done = read_array(group, "done", path).astype(bool)
+            size = group["done"].chunks[0]
+        left = [k for k in range(-(-len(chosen) // size)) if not done[k * size :][:size].all()]
+        if group is not None:
+            if done.any() and left and chunks is None:
+                logger.info("%s: %d of %d frames are labelled already", path, int(done.sum()), len(done))
+        todo = [k * size for k in left if chunks is None or k in chunks]
+        slices = [slice(start, min(start + size, len(chosen))) for start in todo]
+        with start_team(job, sum(s.stop - s.start for s in slices)) as team:
+            if group is None:
+                group = _create(job, path, made_from, size)
+            _fill(job, group, path, slices, team, progress)
+        return left
 
 
 def _count_workers(platform: str, asked: int | str) -> int:
@@ -187,7 +168,13 @@ def _count_workers(platform: str, asked: int | str) -> int:
     return count_cores() if platform in ("Reference", "CPU") else 2
 
 
-def _create(job: _Job, path: PathLike, made_from: dict[str, Any], platform: PlatformChoice) -> Any:
+def _choose_chunk(n_frames: int) -> int:
+    """Frames of a chunk of a new dataset."""
+    most = n_frames // (MANY_CHUNKS * CHUNK_FRAMES) * CHUNK_FRAMES
+    return min(max(CHUNK_FRAMES, most), MAX_CHUNK_FRAMES)
+
+
+def _create(job: LabelJob, path: PathLike, made_from: dict[str, Any], chunk_frames: int) -> Any:
     """Build the force maps, choose the step, and lay out the store."""
     settings, chosen = job.settings, job.chosen
     n_beads, n_probes, n_frames = job.bead_map.n_beads, settings.probes_per_frame, len(chosen)
@@ -198,7 +185,7 @@ def _create(job: _Job, path: PathLike, made_from: dict[str, Any], platform: Plat
     began = time.perf_counter()
     forces = job.oracle(part.positions.astype(np.float64), part.box)
     rate = len(rows) / (time.perf_counter() - began)
-    cost = state_cost(job.system, job.bead_map, n_frames * _count_calls(job), rate)
+    cost = state_cost(job.system, job.bead_map, n_frames * job.count_calls(), rate)
     sample = MapSample(job.system, job.bead_map, forces, fold[rows])
     force_map, frame_maps = sample.fit(settings.force_map)
     scan = _choose_step(job, force_map)
@@ -231,13 +218,13 @@ def _create(job: _Job, path: PathLike, made_from: dict[str, Any], platform: Plat
             "force_map": len(rows),
             "step_scan": 2 * SCAN_FRAMES * len(scan.steps_nm),
             "map_comparison": 2 * len(few) * len(comparison),
-            "labels": n_frames * _count_calls(job),
+            "labels": n_frames * job.count_calls(),
         },
         "cost": cost,
         "seed": settings.seed,
         "platform": {
-            "name": platform.name,
-            "properties": platform.properties,
+            "name": job.platform.name,
+            "properties": job.platform.properties,
             "workers": job.oracle.n_workers,
             "copies": job.oracle.n_copies,
         },
@@ -252,14 +239,14 @@ def _create(job: _Job, path: PathLike, made_from: dict[str, Any], platform: Plat
         # Fill values no finished file holds: what a lost chunk reads as is noticed.
         for name, shape in (("positions", vector), ("forces", vector), ("probes", matrix), ("hvps", matrix)):
             group.create_array(
-                name, shape=shape, dtype="float32", chunks=(CHUNK_FRAMES, *shape[1:]), fill_value=float("nan")
+                name, shape=shape, dtype="float32", chunks=(chunk_frames, *shape[1:]), fill_value=float("nan")
             )
         if settings.averaging is not None:
             group.create_array(
                 "covariances",
                 shape=matrix,
                 dtype="float32",
-                chunks=(CHUNK_FRAMES, *matrix[1:]),
+                chunks=(chunk_frames, *matrix[1:]),
                 fill_value=float("nan"),
             )
         group.create_array("force_map", data=force_map.weights, fill_value=float("nan"))
@@ -267,7 +254,7 @@ def _create(job: _Job, path: PathLike, made_from: dict[str, Any], platform: Plat
         group.create_array("fold", data=fold, fill_value=-1)
         group.create_array("frame", data=chosen, fill_value=-1)
         group.create_array("walker", data=job.frames.walker[chosen], fill_value=-1)
-        group.create_array("done", shape=(n_frames,), dtype="uint8", chunks=(CHUNK_FRAMES,), fill_value=0)
+        group.create_array("done", shape=(n_frames,), dtype="uint8", chunks=(chunk_frames,), fill_value=0)
 
     return create_store(path, KIND, FORMAT_VERSION, attributes, add_arrays)
 
@@ -290,7 +277,7 @@ def _warn_if_noisy(method: str, comparison: dict[str, dict[str, float]], n_frame
         )
 
 
-def _choose_step(job: _Job, force_map: ForceMap) -> StepScan:
+def _choose_step(job: LabelJob, force_map: ForceMap) -> StepScan:
     """Scan steps on a few frames; a step given by the user is kept and its error estimated beside two neighbours."""
     part = job.take(choose_frames(len(job.chosen), SCAN_FRAMES), 1)
     arguments = (job.oracle, part.positions, part.probes, force_map.weights, part.box)
@@ -305,55 +292,44 @@ def _choose_step(job: _Job, force_map: ForceMap) -> StepScan:
     return scan
 
 
-def _fill(job: _Job, group: Any, path: PathLike, only: Sequence[int] | None, progress: bool) -> list[int]:
-    """Label the chunks that are to do, or those of them in ``only``; returns all that were to do."""
+def _fill(job: LabelJob, group: Any, path: PathLike, chunks: list[slice], team: Team | None, progress: bool) -> None:
+    """Label some chunks and write them as they come."""
+    if not chunks:
+        return
     n_frames = len(job.chosen)
-    done = read_array(group, "done", path).astype(bool)
+    n_done = int(np.count_nonzero(read_array(group, "done", path)))
     maps = FrameMaps.read(group, path)
     step_nm = float(group.attrs["finite_difference"]["step_nm"])
-    left = [k for k in range(-(-n_frames // CHUNK_FRAMES)) if not done[k * CHUNK_FRAMES :][:CHUNK_FRAMES].all()]
-    if only is not None and not only:
-        return left
-    starts = [k * CHUNK_FRAMES for k in left if only is None or k in only]
-    if done.any() and starts and only is None:
-        logger.info("%s: %d of %d frames are labelled already", path, int(done.sum()), len(done))
     began, calls = time.perf_counter(), 0
-    chunks = [slice(start, min(start + CHUNK_FRAMES, n_frames)) for start in starts]
-    with track(f"label {Path(path).stem}", n_frames, "frames", done=int(done.sum()), show=progress) as advance:
-        compute = _compute_chunks if job.settings.averaging is None else _average_chunks
-        for rows, arrays in compute(job, maps, chunks, step_nm):
-            with explain_disk_errors(path):
-                for name, values in arrays.items():
-                    group[name][rows] = values.astype(np.float32)
-                group["done"][rows] = 1
-            calls += (rows.stop - rows.start) * _count_calls(job)
-            advance(rows.stop - rows.start)
-    if calls:
-        logger.info("%s: %.0f force calls/s", path, calls / (time.perf_counter() - began))
-    return left
-
-
-def _count_calls(job: _Job) -> int:
-    """Force calls that label one frame."""
-    n_probes = job.settings.probes_per_frame
     if job.settings.averaging is None:
-        return 1 + 2 * n_probes
-    return Chains.from_settings(job.settings.averaging, job.system.temperature_K).count_force_calls(n_probes)
+        found = compute_chunks(job, maps, chunks, step_nm, team)
+    else:
+        found = _average_chunks(job, maps, chunks, step_nm)
+    bar = track(f"label {Path(path).stem}", n_frames, "frames", done=n_done, show=progress)
+    with bar as advance, ThreadPoolExecutor(1) as background:
+        written: Future[None] | None = None
+        for rows, arrays in found:
+            if written is not None:
+                written.result()
+            # While the next ones are computed: Python's lock is free in force calls, and for the most part in writing.
+            written = background.submit(_write, group, path, rows, arrays)
+            calls += (rows.stop - rows.start) * job.count_calls()
+            advance(rows.stop - rows.start)
+        if written is not None:
+            written.result()
+    logger.info("%s: %.0f force calls/s", path, calls / (time.perf_counter() - began))
 
 
-def _compute_chunks(
-    job: _Job, maps: FrameMaps, chunks: list[slice], step_nm: float
-) -> Iterator[tuple[slice, dict[str, NDArray[Any]]]]:
-    """Labels of the frames themselves."""
-    for rows in chunks:
-        part, own = job.take(rows, job.settings.probes_per_frame), maps.select(rows)
-        forces = own.project(job.oracle(part.positions.astype(np.float64), part.box))
-        hvps = own.compute_hvps(job.oracle, part.positions, part.probes, step_nm, part.box)
-        yield rows, {"positions": part.beads, "forces": forces, "probes": part.probes, "hvps": hvps}
+def _write(group: Any, path: PathLike, rows: slice, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write labels of a chunk to the dataset, and last what says that they are there."""
+    with explain_disk_errors(path):
+        for name, values in arrays.items():
+            group[name][rows] = values
+        group["done"][rows] = 1
 
 
 def _average_chunks(
-    job: _Job, maps: FrameMaps, chunks: list[slice], step_nm: float
+    job: LabelJob, maps: FrameMaps, chunks: list[slice], step_nm: float
 ) -> Iterator[tuple[slice, dict[str, NDArray[Any]]]]:
     """Labels averaged over the hidden atoms, a chain a frame."""
     settings, system = job.settings, job.system

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mdtraj as md
 import numpy as np
 import openmm
 from numpy.typing import NDArray
 
 from openmm_hvpcg.atomistic.crowd import Crowd, build_crowd
 from openmm_hvpcg.atomistic.periodic import label_molecules
-from openmm_hvpcg.atomistic.platforms import GPU_PLATFORMS
+from openmm_hvpcg.atomistic.platforms import GPU_PLATFORMS, read_forces
 from openmm_hvpcg.errors import InputError
-from openmm_hvpcg.frames import find_not_finite
+
+if TYPE_CHECKING:
+    import mdtraj as md
 
 #: Atoms that keep a GPU busy. With more of them, molecules stand so far out that single precision costs digits.
 CROWD_ATOMS = 16000
@@ -92,8 +93,8 @@ class ForceOracle:
                 job.result()
         if len(self._massless):
             forces[:, self._massless] = 0.0
-        bad = find_not_finite(forces)
-        if bad is not None:
+        if not np.isfinite(forces).all():
+            bad = int(np.argmin(np.isfinite(forces).all(axis=(1, 2))))
             raise InputError(f"forces of configuration {bad} are not finite", hint="check that frame for overlaps")
         return forces
 
@@ -112,12 +113,13 @@ class ForceOracle:
                 self._fill_at_once(self._crowd, context, positions[rows], forces[rows])
             return
         for i in range(start, stop):
-            if boxes is not None:
+            # The displaced copies of a frame share its box.
+            if boxes is not None and (i == start or not np.array_equal(boxes[i], boxes[i - 1])):
                 context.setPeriodicBoxVectors(*boxes[i].astype(np.float64))
             context.setPositions(positions[i])
             if self._has_virtual_sites:
                 context.computeVirtualSites()
-            forces[i] = context.getState(getForces=True).getForces(asNumpy=True)._value
+            read_forces(context, forces[i])
 
     @staticmethod
     def _fill_at_once(
@@ -127,9 +129,10 @@ class ForceOracle:
         n = len(positions)
         index = np.minimum(np.arange(crowd.n_molecules), n - 1)
         centred = positions.astype(np.float64) - positions.mean(axis=1, keepdims=True, dtype=np.float64)
-        context.setPositions((centred[index] + crowd.places[:, None]).reshape(-1, 3))
-        found = context.getState(getForces=True).getForces(asNumpy=True)._value
-        forces[:] = found.reshape(crowd.n_molecules, -1, 3)[:n]
+        placed = (centred[index] + crowd.places[:, None]).reshape(-1, 3)
+        context.setPositions(placed)
+        read_forces(context, placed)
+        forces[:] = placed.reshape(crowd.n_molecules, -1, 3)[:n]
 
     def close(self) -> None:
         """Stop the threads and free the Contexts."""
