@@ -1,5 +1,6 @@
 # make demo   install, then alanine dipeptide from all atoms to the report
 # make test   install, then all tests
+# make bench  install, then the benchmarks of speed
 # EXTRAS=cuda12 (or cuda13) adds OpenMM's and openmmtorch's CUDA platforms.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -9,7 +10,7 @@ comma  := ,
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-$(if $(EXTRAS),$(subst $(comma),-,$(EXTRAS)),cpu)
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test bench lint clean
 
 install: $(STAMP)
 
@@ -25,6 +26,11 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Speed of each stage beside its floor; see benchmarks/README.md. Some minutes, on a machine with nothing else to do.
+bench: install
+	for name in labels training production demo; do \
+		$(BIN)/python benchmarks/$$name.py --out benchmarks/results/$$name.json || exit 1; done
 
 lint: install
 	$(BIN)/ruff check .

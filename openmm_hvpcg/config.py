@@ -342,6 +342,10 @@ class ModelSettings(Settings):
     interactions: int = Field(2, ge=1)
     radial: int = Field(20, ge=2, description="radial basis functions")
     cutoff_nm: float = Field(1.2, gt=0)
+    torsions: bool = Field(True, description="beside it, a small network of the dihedral angles along the bonds")
+    chiral_channels: int = Field(
+        0, ge=0, description="triple products by which the network tells a molecule from its mirror image; 0: it cannot"
+    )
     options: dict[str, Any] | None = Field(None, description="what a network of your own is built with besides these")
 
     @field_validator("kind", mode="before")
@@ -466,6 +470,8 @@ TRAINING_BEFORE: dict[str, Any] = {
     "frames_per_molecule": None,
     "devices": 1,
 }
+#: What networks trained before these keys existed were built with.
+MODEL_BEFORE: dict[str, Any] = {"options": None, "torsions": False, "chiral_channels": 0}
 #: Keys of a training that change nothing of its result.
 TRAINING_FREE = ("memory_gb",)
 

@@ -4,6 +4,10 @@ The script maps positions (K*B, 3) nm of K independent copies of one molecule to
 has an attribute ``include_priors`` (bool): without the priors it is the network alone. The tensors that tie
 it to a molecule (its species, the indices and parameters of its prior terms) are buffers, so that
 :func:`bind_molecule` can point it at another molecule made of the same species.
+
+A script may know its forces without automatic differentiation. Then it has an attribute ``outputs_forces`` (bool, False
+in the file): set, the script returns energy and forces; and a method ``forget_pairs``, for it remembers which beads
+are near each other.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import numpy as np
 
 from openmm_hvpcg.errors import MappingError, PotentialError
 from openmm_hvpcg.mapping import BeadMap
-from openmm_hvpcg.prior_terms import PriorParameters, PriorTerms, assign_prior_terms
+from openmm_hvpcg.prior_terms import PriorParameters, PriorTerms, assign_prior_terms, list_rows
 from openmm_hvpcg.storage import PathLike, atomic_path
 from openmm_hvpcg.units import UNITS
 
@@ -28,13 +32,15 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = "openmm-hvpcg/potential"
-FORMAT_VERSION = 2
-#: Version 1 had no walls before straight angles.
-READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
+#: Version 1 had no walls before straight angles; before 3, scripts knew no rows of bonded beads.
+READABLE_VERSIONS = (1, 2, 3)
 SPEC_NAME = "spec.json"
 
 #: Buffer of the script -> where its values come from in :class:`PriorTerms`.
 PRIOR_BUFFERS = ("bond", "angle", "dihedral", "improper", "pair")
+#: Buffer of the script -> beads in a row along the bonds, how many.
+ROW_BUFFERS = {"torsion_index": 4, "chain_index": 5}
 
 
 @dataclass(frozen=True)
@@ -204,9 +210,18 @@ def bind_molecule(script: torch.jit.ScriptModule, spec: PotentialSpec, bead_map:
         The molecule has a species, or a bonded combination, the potential has no parameters for.
     """
     for name, value in compute_buffers(spec, bead_map).items():
+        if name in ROW_BUFFERS and not hasattr(script, name):
+            continue
         current = getattr(script, name)
         setattr(script, name, value.to(device=current.device, dtype=current.dtype))
+    forget_pairs(script)
     return replace(spec, bead_map=bead_map)
+
+
+def forget_pairs(script: torch.jit.ScriptModule) -> None:
+    """Make a script that remembers pairs of beads, or what it knows of its molecule, find them anew."""
+    if hasattr(script, "forget_pairs"):
+        script.forget_pairs()
 
 
 def compute_buffers(spec: PotentialSpec, bead_map: BeadMap | None = None) -> dict[str, torch.Tensor]:
@@ -214,7 +229,10 @@ def compute_buffers(spec: PotentialSpec, bead_map: BeadMap | None = None) -> dic
     import torch
 
     terms = spec.compute_terms(bead_map)
+    molecule = spec.bead_map if bead_map is None else bead_map
     buffers = {"species": torch.from_numpy(spec.compute_species_index(bead_map))}
+    for name, length in ROW_BUFFERS.items():
+        buffers[name] = torch.from_numpy(list_rows(molecule.bonds, molecule.n_beads, length))
     for name in PRIOR_BUFFERS:
         buffers[f"{name}_index"] = torch.from_numpy(getattr(terms.geometry, f"{name}s"))
         buffers[f"{name}_parameters"] = torch.from_numpy(getattr(terms, f"{name}s"))

@@ -229,6 +229,22 @@ def build_prior_geometry(bonds: NDArray[np.int64], n_beads: int) -> PriorGeometr
     )
 
 
+def list_rows(bonds: NDArray[np.int64], n_beads: int, length: int) -> NDArray[np.int64]:
+    """Beads in a row along the bonds of a molecule (n, length), each row once; a length of at least four.
+
+    A row goes upwards: its second bead comes before its last but one. Chains are numbered from their beginning, so that
+    rows go along them.
+    """
+    neighbours: list[list[int]] = [[] for _ in range(n_beads)]
+    for i, j in bonds.tolist():
+        neighbours[i].append(j)
+        neighbours[j].append(i)
+    rows: list[tuple[int, ...]] = [(bead,) for bead in range(n_beads)]
+    for _ in range(length - 1):
+        rows = [(*row, bead) for row in rows for bead in neighbours[row[-1]] if bead not in row]
+    return np.array(sorted(row for row in rows if row[1] < row[-2]), dtype=np.int64).reshape(-1, length)
+
+
 def assign_prior_terms(parameters: PriorParameters, species: Sequence[str], bonds: NDArray[np.int64]) -> PriorTerms:
     """The prior terms of a molecule from its species (B,) and bonds (n, 2).
 

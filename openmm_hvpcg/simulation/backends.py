@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from openmm import unit
 
 from openmm_hvpcg.errors import BackendError
+from openmm_hvpcg.potential import forget_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ def clone_script(script: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 
 
 def dump_script(script: torch.jit.ScriptModule) -> bytes:
-    """A script as the bytes of a TorchScript file."""
+    """A script as the bytes of a TorchScript file, the same ones whatever it was last called with."""
+    forget_pairs(script)
     buffer = io.BytesIO()
     torch.jit.save(script, buffer)
     return buffer.getvalue()
@@ -105,8 +107,11 @@ def load_script(content: bytes) -> torch.jit.ScriptModule:
 
 
 def evaluate_script(script: torch.jit.ScriptModule, positions: NDArray[Any]) -> tuple[float, NDArray[np.float64]]:
-    """Energy kJ/mol and forces (N, 3) kJ/mol/nm of positions (N, 3) nm, by automatic differentiation."""
+    """Energy kJ/mol and forces (N, 3) kJ/mol/nm of positions (N, 3) nm, those the script gives, or its gradient."""
     x = torch.tensor(np.asarray(positions, dtype=np.float64), requires_grad=True)
+    if getattr(script, "outputs_forces", False):
+        energy, given = script(x.detach())
+        return float(energy), given.numpy()
     energy = script(x)
     # A term without any dependence on the positions (an empty prior, say) has no gradient.
     (gradient,) = torch.autograd.grad(energy, x, allow_unused=True) if energy.requires_grad else (None,)
@@ -160,7 +165,7 @@ def build_network_force(script: torch.jit.ScriptModule, backend: str = "auto") -
 
     Parameters
     ----------
-    script : is kept, not copied
+    script : is kept, not copied; one that knows its forces is made to return them
     backend : ``torchforce``, ``pythonforce``, or ``auto``: the first that can load
 
     Raises
@@ -171,8 +176,12 @@ def build_network_force(script: torch.jit.ScriptModule, backend: str = "auto") -
     # TorchForce calls backward(), which would compute and pile up a gradient for every weight.
     for parameter in script.parameters():
         parameter.requires_grad_(False)
+    knows_forces = hasattr(script, "outputs_forces")
+    if knows_forces:
+        script.outputs_forces = True
     if resolve_backend(backend) == "torchforce":
         force = import_openmmtorch().TorchForce(script)
+        force.setOutputsForces(knows_forces)
     else:
         force = openmm.PythonForce(ScriptForce(script))
     force.setForceGroup(NETWORK_GROUP)

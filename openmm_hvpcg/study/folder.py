@@ -19,6 +19,7 @@ from openmm_hvpcg.atomistic.gromacs_includes import find_includes
 from openmm_hvpcg.config import (
     INPUT_BEFORE,
     LABELS_BEFORE,
+    MODEL_BEFORE,
     PRIORS_BEFORE,
     REFERENCE_BEFORE,
     TRAINING_BEFORE,
@@ -54,6 +55,7 @@ BEFORE = {
     **{f"reference.{key}": value for key, value in REFERENCE_BEFORE.items()},
     **{f"priors.{key}": value for key, value in PRIORS_BEFORE.items()},
     **{f"training.{key}": value for key, value in TRAINING_BEFORE.items()},
+    **{f"model.{key}": value for key, value in MODEL_BEFORE.items()},
 }
 
 

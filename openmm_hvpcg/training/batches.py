@@ -1,4 +1,4 @@
-"""Batches: frames of any molecules with the same number of beads, dense, the same for the same seed and epoch.
+"""Batches: frames of any molecules with as many beads bonded alike, dense, the same for the same seed and epoch.
 
 A step then sees many molecules, each as often as it has frames. A network that cannot take them together (see
 :mod:`openmm_hvpcg.training.models.registry`) gets batches of one molecule each.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from openmm_hvpcg.training.models.torsions import Bonded
 from openmm_hvpcg.training.scratch import Memory, Storage
 
 
@@ -33,6 +34,7 @@ class MoleculeTensors:
     probes: Tensor
     hvps: Tensor
     species: Tensor
+    bonded: Bonded
     covariances: Tensor
     own_share: float = 1.0
     whitening: Tensor | None = None
@@ -44,6 +46,7 @@ class MoleculeSize(NamedTuple):
     n_frames: int
     n_probes: int
     species: Tensor
+    bonded: Bonded
 
 
 class Batch(NamedTuple):
@@ -59,10 +62,18 @@ class Batch(NamedTuple):
     probes: Tensor
     hvps: Tensor
     species: Tensor
+    bonded: Bonded
     covariances: Tensor
     own_share: Tensor
     whitening: Tensor | None
     weight: float = 1.0
+
+    def to(self, device: torch.device) -> Batch:
+        """On another device."""
+        if self.positions.device == device:
+            return self
+        moved = Batch(*(a.to(device) if isinstance(a, Tensor) else a for a in self))  # type: ignore[arg-type]
+        return moved._replace(bonded=Bonded(*(rows.to(device) for rows in self.bonded)))
 
 
 class BatchIndex(NamedTuple):
@@ -75,16 +86,17 @@ class BatchIndex(NamedTuple):
 
 
 def group_molecules(sizes: Sequence[MoleculeSize], mixed: bool = True) -> list[list[int]]:
-    """Indices of the molecules that share batches: those of as many beads, or where not ``mixed`` each its own."""
-    groups: dict[int, list[int]] = {}
+    """Indices of the molecules that share batches: as many beads bonded alike, or where not ``mixed`` each its own."""
+    groups: dict[Any, list[int]] = {}
     for k, size in enumerate(sizes):
-        groups.setdefault(len(size.species) if mixed else k, []).append(k)
+        kind = (len(size.species), *(str(rows.tolist()) for rows in size.bonded))
+        groups.setdefault(kind if mixed else k, []).append(k)
     return list(groups.values())
 
 
 @dataclass(frozen=True)
 class FrameGroup:
-    """Tensors of molecules of as many beads, one molecule after the other: N frames, R probes in all.
+    """Tensors of molecules of as many beads bonded alike, one molecule after the other: N frames, R probes in all.
 
     ``members`` are the molecules' places among all; ``positions``, ``forces`` (N, B, 3); ``probes``, ``hvps``,
     ``covariances`` (R, B, 3); ``whitening`` (N, 3B, 3B) or None; ``species`` (M, B) and ``own_share`` (M,) of each
@@ -100,6 +112,7 @@ class FrameGroup:
     covariances: Tensor
     whitening: Tensor | None
     species: Tensor
+    bonded: Bonded
     own_share: Tensor
     first_frame: NDArray[np.int64]
     n_frames: NDArray[np.int64]
@@ -131,6 +144,7 @@ class FrameGroup:
             storage.allocate(f"{prefix}covariances", (n_rows, n_beads, 3)),
             storage.allocate(f"{prefix}whitening", (n, 3 * n_beads, 3 * n_beads)) if whitened else None,
             torch.stack([s.species for s in own]),
+            own[0].bonded,
             torch.ones(len(own), dtype=torch.float64),
             ends - n_frames,
             n_frames,
@@ -150,6 +164,7 @@ class FrameGroup:
             probes,
             hvps,
             self.species[index],
+            self.bonded,
             covariances,
             float(self.own_share[index]),
             None if self.whitening is None else self.whitening[rows],
@@ -173,6 +188,7 @@ class FrameGroup:
             storage.gather(self.probes, columns),
             storage.gather(self.hvps, columns),
             self.species[0] if len(self.members) == 1 else self.species[torch.from_numpy(molecules)],
+            self.bonded,
             storage.gather(self.covariances, columns),
             self.own_share[torch.from_numpy(molecules)],
             None if self.whitening is None else storage.gather(self.whitening, rows),

@@ -133,7 +133,7 @@ def _double_backward(
         (gradient,) = torch.autograd.grad(energy(x).sum(), x, create_graph=True)
         n_probes = probes.shape[1]
         # A loop shares the gradient's pass among the probes; frames repeated for each probe would not, and were slower
-        # (benchmarks/hvp_methods.py).
+        # (benchmarks/training.py).
         products = [
             torch.autograd.grad(
                 (gradient * probes[:, p]).sum(),

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from openmm_hvpcg.training.batches import MoleculeTensors
 from openmm_hvpcg.training.dataset import LabelledFrames
-from openmm_hvpcg.training.derivatives import EnergyFunction, compute_forces_and_hvps
+from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.labels.probes import ProbeLaw
 from openmm_hvpcg.training.losses import compute_hvp_target, whiten
+from openmm_hvpcg.training.models.torsions import bind_network
 from openmm_hvpcg.training.noise import LabelNoise, choose_frames, estimate_noise
 from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared
 
@@ -57,7 +58,8 @@ def choose_network_share(network: torch.nn.Module, prepared: Prepared, force_wei
         for part in np.array_split(frames, -(-len(frames) // CHUNK_FRAMES)):
             rows = torch.from_numpy(part)
             white = None if m.whitening is None else m.whitening[rows]
-            f, h = compute_forces_and_hvps(_bind(network, m.species), m.positions[rows], m.probes[rows])
+            energy = bind_network(network, m.species, m.bonded)
+            f, h = compute_forces_and_hvps(energy, m.positions[rows], m.probes[rows])
             terms = [(f, m.forces[rows], force_weight / prepared.scales.force)]
             if hvp_weight > 0:
                 target = compute_hvp_target(
@@ -137,7 +139,8 @@ def _take(tensors: MoleculeTensors, rows: slice) -> MoleculeTensors:
 
 def _compute_terms(network: torch.nn.Module, tensors: MoleculeTensors, beta: float) -> dict[str, tuple[Tensor, Tensor]]:
     """Residuals of the network and of the priors, by term; see :class:`_Figures`."""
-    forces, hvps = compute_forces_and_hvps(_bind(network, tensors.species), tensors.positions, tensors.probes)
+    energy = bind_network(network, tensors.species, tensors.bonded)
+    forces, hvps = compute_forces_and_hvps(energy, tensors.positions, tensors.probes)
     residual, prior = tensors.forces - forces, tensors.forces
 
     def compute_excess(own_share: float) -> tuple[Tensor, Tensor]:
@@ -236,10 +239,6 @@ def _compute_errors(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.abs(values.mean(axis=1))
     means = np.stack([part.mean(axis=1) for part in stretches])
     return np.asarray(means.std(axis=0, ddof=1) / np.sqrt(len(stretches)))
-
-
-def _bind(network: torch.nn.Module, species: Tensor) -> EnergyFunction:
-    return lambda x: network(x, species)
 
 
 def _average(values: Sequence[float | None], weights: Sequence[int]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,17 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from openmm_hvpcg.errors import PotentialError
+from openmm_hvpcg.errors import InputError, PotentialError
 from openmm_hvpcg.potential import PotentialSpec, save_potential
-from openmm_hvpcg.simulation.check import PotentialCheck, check_potential
+from openmm_hvpcg.simulation.check import CheckItem, PotentialCheck, check_potential
 from openmm_hvpcg.storage import PathLike, atomic_path
-from openmm_hvpcg.training.models.total import TotalEnergy
+from openmm_hvpcg.training.models.torsions import split_network
+from openmm_hvpcg.training.models.total import TotalEnergy, TotalEnergyAndForces
+from openmm_hvpcg.training.tabulation import TABLE_TOLERANCE, Table, tabulate_network
 
 logger = logging.getLogger(__name__)
+
+TABULATE = ("auto", "on", "off")
 
 
 def script_potential(module: TotalEnergy) -> torch.jit.ScriptModule:
@@ -24,7 +29,7 @@ def script_potential(module: TotalEnergy) -> torch.jit.ScriptModule:
 
 
 def script_network(module: torch.nn.Module, where: object = None) -> torch.jit.ScriptModule:
-    """Any energy module as TorchScript.
+    """Any energy module as TorchScript, its weights fixed: forces come cheaper.
 
     Raises
     ------
@@ -32,7 +37,7 @@ def script_network(module: torch.nn.Module, where: object = None) -> torch.jit.S
         TorchScript does not take it; a network of one's own may hold what it has no word for.
     """
     try:
-        return torch.jit.script(module.eval())
+        return torch.jit.script(copy.deepcopy(module).eval().requires_grad_(False))
     except Exception as error:  # torch raises of many kinds
         raise PotentialError(
             f"not scriptable ({_shorten(str(error))})",
@@ -50,7 +55,7 @@ def _shorten(message: str) -> str:
 
 
 def export_potential(
-    network: torch.nn.Module, spec: PotentialSpec, path: PathLike, positions: NDArray[Any]
+    network: torch.nn.Module, spec: PotentialSpec, path: PathLike, positions: NDArray[Any], tabulate: str = "auto"
 ) -> PotentialCheck:
     """Script priors + network, check the result on ``positions``, and write it to ``path``.
 
@@ -60,6 +65,9 @@ def export_potential(
     spec : priors, species and provenance; its bead map is the molecule the file is bound to
     path : the potential file
     positions : (T, B, 3) nm, frames of that molecule to check on
+    tabulate : ``auto`` writes the filters of a network that has such as splines, with forces that need no automatic
+        differentiation, where the error allows it (:func:`~openmm_hvpcg.training.tabulation.tabulate_network`); ``on``
+        insists on it; ``off`` writes the network as it is
 
     Returns
     -------
@@ -68,13 +76,50 @@ def export_potential(
     Raises
     ------
     PotentialError
-        A check failed; nothing is written.
+        A check failed, or there is no table where one was asked for; nothing is written.
     """
     module = TotalEnergy(network, spec).eval()
-    script = script_potential(module)
+    base, torsions = split_network(network)
+    table = _find_table(base, spec, path, positions, tabulate)
+    scripted = module if table is None else TotalEnergyAndForces(table.network, spec, torsions)
+    script = script_network(scripted)
     with atomic_path(path) as temporary:
         save_potential(temporary, script, spec)
         check = check_potential(temporary, positions, eager=module)
+        if table is not None:
+            check = PotentialCheck((*check.items, *_list_errors(table)))
         check.raise_if_failed(where=Path(path))
     logger.info("%s: exported, %d checks passed", path, len(check.items))
     return check
+
+
+def _find_table(
+    network: torch.nn.Module, spec: PotentialSpec, path: PathLike, positions: NDArray[Any], tabulate: str
+) -> Table | None:
+    """The network with its filters as splines, or None where that is not wanted or not exact enough."""
+    if tabulate not in TABULATE:
+        raise InputError("no such choice of tabulate", expected=", ".join(TABULATE), got=repr(tabulate))
+    if tabulate == "off":
+        return None
+    try:
+        table = tabulate_network(network, spec, positions)
+    except PotentialError as error:
+        if tabulate == "on":
+            raise
+        logger.warning("%s: exported without tables: %s", path, error)
+        return None
+    logger.info(
+        "%s: filters tabulated, %d intervals a nm; errors of %s",
+        path,
+        table.per_nm,
+        ", ".join(f"{name} {error:.1e}" for name, error in table.errors.items()),
+    )
+    return table
+
+
+def _list_errors(table: Table) -> list[CheckItem]:
+    """The errors of a table as checks of a potential."""
+    return [
+        CheckItem(f"tables: {name}", error, TABLE_TOLERANCE, "root mean square error of the splines, in float64")
+        for name, error in table.errors.items()
+    ]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from openmm_hvpcg.config import (
+    MODEL_BEFORE,
     PRIORS_BEFORE,
     TRAINING_BEFORE,
     TRAINING_FREE,
@@ -33,7 +34,7 @@ from openmm_hvpcg.training.evaluation import choose_network_share, evaluate_netw
 from openmm_hvpcg.training.loop import TRAINING_PAIRS, build_new_network
 from openmm_hvpcg.training.matching import get_hvp_weight
 from openmm_hvpcg.training.models.check import check_model, takes_many_molecules
-from openmm_hvpcg.training.models.registry import build_network, describe_source, scale_energy
+from openmm_hvpcg.training.models.registry import build_base, describe_source, scale_energy
 from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared, prepare
 from openmm_hvpcg.training.processes import open_storage, train_in_processes
 
@@ -172,7 +173,7 @@ def _check_folder(folder: Path, made_from: dict[str, Any]) -> None:
     changed = []
     for section, new in made_from.items():
         if isinstance(new, dict):
-            before = {"training": TRAINING_BEFORE, "priors": PRIORS_BEFORE}.get(section, {})
+            before = {"training": TRAINING_BEFORE, "model": MODEL_BEFORE, "priors": PRIORS_BEFORE}.get(section, {})
             changed += describe_changes(section, {**before, **old.get(section, {})}, new)
         elif old.get(section) != new:
             changed.append(f"{section} ({old.get(section)} -> {new})")
@@ -249,7 +250,7 @@ def _check_foreign(datasets: Sequence[LabelledFrames], model: ModelSettings) -> 
     species = sorted({s for d in datasets for s in d.bead_map.species})
     largest = max((d.bead_map for d in datasets), key=lambda bead_map: bead_map.n_beads)
     index = torch.tensor([species.index(s) for s in largest.species])
-    network = build_network(len(species), model)
+    network = build_base(len(species), model)
     check_model(network, index, model.cutoff_nm, name=model.kind)
     return len(datasets) == 1 or takes_many_molecules(
         network, len(index), len(species), model.cutoff_nm, name=model.kind

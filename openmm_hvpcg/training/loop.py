@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 import warnings
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from openmm_hvpcg.config import ModelSettings, TrainingSettings
 from openmm_hvpcg.cores import choose_torch_threads, count_cores, use_torch_threads
 from openmm_hvpcg.potential import PotentialSpec
 from openmm_hvpcg.progress import track
-from openmm_hvpcg.training.batches import BatchSampler, FrameBatches
+from openmm_hvpcg.training.batches import BatchSampler
 from openmm_hvpcg.training.losses import LossScales
 from openmm_hvpcg.training.matching import MatchingModule
 from openmm_hvpcg.training.models.registry import build_network
@@ -30,6 +31,8 @@ from openmm_hvpcg.units import compute_kt
 
 logger = logging.getLogger(__name__)
 
+#: Folders of the loggers.
+LOGS = ("csv", "tensorboard")
 #: Pairs of beads in a batch that give a second thread enough to do.
 TRAINING_PAIRS = 8000
 
@@ -66,12 +69,12 @@ class Recorder(Callback):
     def on_train_start(self, trainer: lightning.Trainer, _: lightning.LightningModule) -> None:
         self._began = time.perf_counter()
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, _: lightning.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         metric = {k: float(v) for k, v in trainer.callback_metrics.items()}
         self.curves.append(
             self._row(
                 trainer.current_epoch + 1,
-                metric["train_loss"],
+                float(pl_module.train_loss),  # type: ignore[arg-type]
                 metric["val_force"],
                 metric["val_hvp"],
                 metric["val_loss"],
@@ -128,8 +131,10 @@ def _run_lightning(
     prepared: Prepared, settings: TrainingSettings, model: ModelSettings, folder: Path, place: Place, progress: bool
 ) -> Trained:
     torch.manual_seed(settings.seed)
+    training, validation = _build_samplers(prepared, settings, place)
     module = MatchingModule(build_new_network(prepared.spec, model), settings, prepared)
-    loaders = _build_loaders(prepared, settings, place)
+    epochs: DataLoader[Any] = DataLoader([training], batch_size=None)  # type: ignore[arg-type]  # each one step to it
+    loader = DataLoader(module.batches, batch_size=None, sampler=validation)
     checkpoints = folder / "checkpoints"
     # At the end of the epoch, after the recorder and the learning-rate schedule, so that a resumed run lacks nothing.
     checkpoint = ModelCheckpoint(
@@ -140,9 +145,11 @@ def _run_lightning(
     resume, done = None, 0
     if last.exists():
         resume, done = str(last), int(torch.load(last, map_location="cpu", weights_only=True)["epoch"]) + 1
-        # Lightning sets the epoch of a sampler from the second epoch on only.
-        loaders[0].sampler.set_epoch(done)  # type: ignore[attr-defined]
         logger.info("%s: training resumes after epoch %d", folder.name, done)
+    elif place.rank == 0:
+        # Of a training that was killed in its first epoch; the columns of its table may be others.
+        for name in LOGS:
+            shutil.rmtree(folder / "logs" / name, ignore_errors=True)
     bar = track(f"train {folder.name}", settings.max_epochs, "epochs", done=done, show=progress)
     with _quiet_lightning(), bar as advance:
         recorder.advance = advance
@@ -152,11 +159,10 @@ def _run_lightning(
             strategy="auto" if place.n_ranks == 1 else SharedStrategy(),
             plugins=None if place.n_ranks == 1 else [ProcessPlace(place)],
             max_epochs=settings.max_epochs,
-            gradient_clip_val=settings.gradient_clip,
             callbacks=[recorder, _Patience("val_loss", patience=settings.patience), checkpoint],
             logger=[
-                CSVLogger(folder / "logs", name="", version="csv"),
-                TensorBoardLogger(folder / "logs", name="", version="tensorboard"),
+                CSVLogger(folder / "logs", name="", version=LOGS[0]),
+                TensorBoardLogger(folder / "logs", name="", version=LOGS[1]),
             ],
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -165,29 +171,24 @@ def _run_lightning(
             use_distributed_sampler=False,
             log_every_n_steps=1,
         )
-        trainer.fit(module, loaders[0], loaders[1], ckpt_path=resume, weights_only=True)
+        trainer.fit(module, epochs, loader, ckpt_path=resume, weights_only=True)
     return Trained(recorder, Path(checkpoint.best_model_path), int(trainer.current_epoch))
 
 
-def _build_loaders(prepared: Prepared, settings: TrainingSettings, place: Place) -> list[DataLoader[Any]]:
+def _build_samplers(prepared: Prepared, settings: TrainingSettings, place: Place) -> list[BatchSampler]:
     """Of training and validation batches, this process's part of each."""
     n_probes = [m.probes.shape[1] for m in prepared.molecules]
-    batches = FrameBatches(prepared.groups, prepared.storage)
     groups = [group.members for group in prepared.groups]
     return [
-        DataLoader(
-            batches,
-            batch_size=None,
-            sampler=BatchSampler(
-                frames,
-                n_probes,
-                size,
-                shuffle=shuffle,
-                seed=settings.seed,
-                groups=groups,
-                rank=place.rank,
-                n_ranks=place.n_ranks,
-            ),
+        BatchSampler(
+            frames,
+            n_probes,
+            size,
+            shuffle=shuffle,
+            seed=settings.seed,
+            groups=groups,
+            rank=place.rank,
+            n_ranks=place.n_ranks,
         )
         for frames, size, shuffle in (
             (prepared.training, settings.batch_size, True),

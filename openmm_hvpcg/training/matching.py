@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openmm_hvpcg.config import TrainingSettings
-from openmm_hvpcg.training.batches import Batch
+from openmm_hvpcg.training.batches import Batch, BatchSampler, FrameBatches
 from openmm_hvpcg.training.derivatives import (
     EnergyFunction,
     HVPMethod,
@@ -20,6 +19,7 @@ from openmm_hvpcg.training.derivatives import (
     compute_forces_and_hvps,
 )
 from openmm_hvpcg.training.losses import force_loss, hvp_loss
+from openmm_hvpcg.training.models.torsions import bind_network
 from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared, apply_pooled
 
 #: Times a training pools the covariances of the HVP target anew.
@@ -41,7 +41,10 @@ class MatchingModule(lightning.LightningModule):
 
     def __init__(self, network: torch.nn.Module, settings: TrainingSettings, prepared: Prepared) -> None:
         super().__init__()
+        self.automatic_optimization = False
         self.network = network
+        self.batches = FrameBatches(prepared.groups, prepared.storage)
+        self.train_loss = math.nan
         self.settings = settings
         self.prepared = prepared
         self.scales, self.beta = prepared.scales, prepared.beta
@@ -52,10 +55,7 @@ class MatchingModule(lightning.LightningModule):
 
     def compute_losses(self, batch: Batch, with_hvps: bool, create_graph: bool) -> tuple[Tensor, Tensor | None]:
         """Normalised force and HVP terms (see :mod:`openmm_hvpcg.training.losses`)."""
-
-        def energy(x: Tensor) -> Tensor:
-            return self.network(x, batch.species)
-
+        energy = bind_network(self.network, batch.species, batch.bonded)
         if not with_hvps:
             forces = compute_forces(energy, batch.positions, create_graph)
             return force_loss(forces, batch.forces, self.scales, batch.whitening), None
@@ -122,7 +122,7 @@ class MatchingModule(lightning.LightningModule):
         """Force residuals (F, B, 3) of every molecule at the frames that covariances are fitted to."""
         found = []
         for m, frames in zip(self.prepared.molecules, self.prepared.pooling, strict=True):
-            energy = functools.partial(self.network, species=m.species.to(self.device))
+            energy = bind_network(self.network, m.species.to(self.device), m.bonded)
             wanted = torch.zeros(len(m.positions), dtype=torch.bool)
             wanted[torch.from_numpy(frames)] = True
             residuals, done = torch.zeros(len(frames), *m.forces.shape[1:]), 0
@@ -137,12 +137,38 @@ class MatchingModule(lightning.LightningModule):
             found.append(residuals)
         return found
 
-    def training_step(self, batch: Batch, _: int) -> Tensor:
+    def training_step(self, sampler: BatchSampler, _: int) -> None:
+        """The steps of one epoch. Lightning has the epochs; around every step it would take up to a third of it."""
+        sampler.set_epoch(self.current_epoch)
+        self._n_steps = len(sampler)
+        summed = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for k, index in enumerate(sampler):
+            batch = self.batches[index].to(self.device)
+            loss = self.take_step(batch, k)
+            if batch.weight > 0:
+                summed[0] += len(batch.positions) * loss
+                summed[1] += len(batch.positions)
+        total, n_frames = self.trainer.strategy.reduce(summed, reduce_op="sum")
+        self.train_loss = float(total / n_frames)
+
+    def take_step(self, batch: Batch, k: int) -> Tensor:
+        """The ``k``-th step of an epoch; its loss."""
+        self._set_rate(self.current_epoch * self._n_steps + k)
+        self._optimizer.zero_grad()
         with_hvps = self.hvp_weight > 0 and self.current_epoch >= self.first_hvp_epoch
         loss = self.combine(*self.compute_losses(batch, with_hvps, create_graph=True))
-        n = self._count_frames(batch)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=n, sync_dist=self.is_shared)
-        return loss * batch.weight
+        self._step_back(loss * batch.weight)
+        # The last one through Lightning, which saves no checkpoint where it has counted no step.
+        (self._optimizer if k < self._n_steps - 1 else self.optimizers()).step()  # type: ignore[union-attr]
+        return loss.detach()
+
+    def _step_back(self, loss: Tensor) -> None:
+        """The gradient by the weights alone, clipped: the graph leads on to the positions, a tenth of a step."""
+        if self.is_shared:
+            self.manual_backward(loss, inputs=self._weights)
+        else:
+            loss.backward(inputs=self._weights)
+        torch.nn.utils.clip_grad_norm_(self._weights, self.settings.gradient_clip)
 
     def _count_frames(self, batch: Batch) -> int:
         """What the batch counts in means over an epoch: its frames, or where they are shared a multiple of them.
@@ -157,8 +183,12 @@ class MatchingModule(lightning.LightningModule):
         self.log_dict(values, batch_size=self._count_frames(batch), sync_dist=self.is_shared)  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        self._weights = [p for p in self.network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
+            self._weights,
+            lr=self.settings.learning_rate,
+            weight_decay=self.settings.weight_decay,
+            fused=True,  # one operation for all weights
         )
         self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=0.5, patience=max(1, self.settings.patience // 4)
@@ -168,19 +198,18 @@ class MatchingModule(lightning.LightningModule):
             self.schedule.load_state_dict(self._schedule_state)
         return optimizer
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        if self.settings.schedule == "cosine":
-            rate = self.settings.learning_rate * self._compute_cosine()
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
-
-    def _compute_cosine(self) -> float:
-        """Share of the learning rate at this step: up over the first ones, then a half cosine to the last."""
-        step, last = self.global_step, self.settings.max_epochs * self.trainer.num_training_batches
-        return min(1.0, (step + 1) / WARMUP_STEPS) * max(0.5 * (1.0 + math.cos(math.pi * step / last)), FINAL_RATE)
+    def _set_rate(self, step: int) -> None:
+        """Cosine: the learning rate goes up over the first steps, then down half a cosine to the last."""
+        if self.settings.schedule != "cosine":
+            return
+        last = self.settings.max_epochs * self._n_steps
+        share = min(1.0, (step + 1) / WARMUP_STEPS) * max(0.5 * (1.0 + math.cos(math.pi * step / last)), FINAL_RATE)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * share
 
     # Lightning would step the schedule after the epoch's checkpoint, and a resumed run would miss that step.
     def on_train_epoch_end(self) -> None:
+        self.log("train_loss", self.train_loss)
         if self.settings.schedule == "plateau":
             self.schedule.step(float(self.trainer.callback_metrics["val_loss"]))
 

@@ -29,6 +29,7 @@ from openmm_hvpcg.training.dataset import LabelledFrames, split_by_time_blocks
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.fit_priors import fit_priors
 from openmm_hvpcg.training.losses import LossScales, compute_hvp_target, whiten
+from openmm_hvpcg.training.models.torsions import Bonded
 from openmm_hvpcg.training.models.total import TotalEnergy
 from openmm_hvpcg.training.scratch import Memory, Storage
 from openmm_hvpcg.units import compute_kt
@@ -291,7 +292,13 @@ def _allocate(
 ) -> tuple[list[FrameGroup], list[MoleculeTensors]]:
     """Room for the tensors of all molecules, in groups that share batches."""
     sizes = [
-        MoleculeSize(d.n_frames, d.n_probes, torch.from_numpy(spec.compute_species_index(d.bead_map))) for d in datasets
+        MoleculeSize(
+            d.n_frames,
+            d.n_probes,
+            torch.from_numpy(spec.compute_species_index(d.bead_map)),
+            Bonded.find(d.bead_map),
+        )
+        for d in datasets
     ]
     groups = [
         FrameGroup.allocate(members, sizes, whitened=settings.whiten == "noise", storage=storage)

@@ -30,6 +30,7 @@ from openmm_hvpcg.training.batches import FrameGroup, MoleculeSize
 from openmm_hvpcg.training.dataset import LabelledFrames
 from openmm_hvpcg.training.loop import Trained, train_network
 from openmm_hvpcg.training.losses import LossScales
+from openmm_hvpcg.training.models.torsions import Bonded
 from openmm_hvpcg.training.places import Place
 from openmm_hvpcg.training.preparation import Prepared
 from openmm_hvpcg.training.scratch import Memory, Scratch, Storage
@@ -183,17 +184,27 @@ def save_prepared(prepared: Prepared, folder: Path) -> None:
         "prior_validation": prepared.prior_validation,
         "beta": prepared.beta,
         "force_noise": prepared.force_noise,
-        "sizes": [(len(m.positions), m.probes.shape[1], m.species.tolist()) for m in prepared.molecules],
+        "sizes": [
+            (len(m.positions), m.probes.shape[1], m.species.tolist(), [rows.tolist() for rows in m.bonded])
+            for m in prepared.molecules
+        ],
         "groups": [(g.members, g.whitening is not None, g.own_share.tolist()) for g in prepared.groups],
     }
     write_json(folder / "prepared.json", content)
+
+
+def _read_rows(bonded: list[list[list[int]]]) -> Iterator[torch.Tensor]:
+    return (torch.tensor(rows, dtype=torch.long).reshape(-1, k) for rows, k in zip(bonded, (4, 5), strict=True))
 
 
 def load_prepared(folder: Path) -> Prepared:
     """What :func:`save_prepared` wrote, on the same tensors; covariances are pooled by the first process alone."""
     content = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     storage = Scratch(folder, attach=True)
-    sizes = [MoleculeSize(n, p, torch.tensor(species)) for n, p, species in content["sizes"]]
+    sizes = [
+        MoleculeSize(n, p, torch.tensor(species), Bonded(*_read_rows(bonded)))
+        for n, p, species, bonded in content["sizes"]
+    ]
     groups = []
     for members, whitened, own_share in content["groups"]:
         group = FrameGroup.allocate(members, sizes, whitened=whitened, storage=storage)

@@ -12,6 +12,7 @@ from torch import Tensor
 from openmm_hvpcg.errors import DataError, PotentialError
 from openmm_hvpcg.potential import PotentialSpec
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
+from openmm_hvpcg.training.models.torsions import Bonded, bind_network
 from openmm_hvpcg.training.models.total import TotalEnergy
 from openmm_hvpcg.training.reference import TEMPERATURE_TOLERANCE_K, PMFReference
 
@@ -164,5 +165,6 @@ def _differentiate_network(
     """In the dtype and on the device of the network's weights; double on the CPU comes back."""
     weights = next(network.parameters(), torch.zeros(0))
     species = torch.from_numpy(spec.compute_species_index()).to(weights.device)
-    forces, hvps = compute_forces_and_hvps(lambda x: network(x, species), positions.to(weights), probes.to(weights))
+    energy = bind_network(network, species, Bonded.find(spec.bead_map))
+    forces, hvps = compute_forces_and_hvps(energy, positions.to(weights), probes.to(weights))
     return forces.double().cpu(), hvps.double().cpu()

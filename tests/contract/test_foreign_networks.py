@@ -11,7 +11,7 @@ import torch
 from openmm_hvpcg.config import ModelSettings
 from openmm_hvpcg.errors import PotentialError
 from openmm_hvpcg.training.models.check import check_model, takes_many_molecules
-from openmm_hvpcg.training.models.registry import build_network
+from openmm_hvpcg.training.models.registry import build_base
 
 SPECIES = torch.tensor([0, 1, 2, 1, 0])
 GOOD = ("schnet", "painn", "my_network:MyNetwork", "bad_networks:Pairs")
@@ -42,7 +42,7 @@ BAD = {
 
 def build(kind: str) -> torch.nn.Module:
     torch.manual_seed(1)
-    return build_network(3, ModelSettings(kind=kind, features=8, radial=8, cutoff_nm=0.9), 2.5)
+    return build_base(3, ModelSettings(kind=kind, features=8, radial=8, cutoff_nm=0.9), 2.5)
 
 
 @pytest.mark.parametrize("kind", GOOD)

@@ -12,9 +12,10 @@ from torch import Tensor
 from openmm_hvpcg.config import ModelSettings
 from openmm_hvpcg.training.derivatives import compute_forces, compute_forces_and_hvps
 from openmm_hvpcg.training.export import script_network
-from openmm_hvpcg.training.models.registry import BUILDERS, build_network
+from openmm_hvpcg.training.models.registry import BUILDERS, build_base
 
-KINDS = (*ModelSettings.KINDS, "my_network:MyNetwork")
+#: The package's own, a user's, and those that know left from right.
+KINDS = (*ModelSettings.KINDS, "my_network:MyNetwork", "schnet, chiral", "painn, chiral")
 CUTOFF = 0.9
 SPECIES = torch.tensor([0, 1, 0, 2, 1, 0])
 #: Around the first bead its neighbours' unit vectors cancel: norms of vectors are at zero there.
@@ -26,8 +27,16 @@ OCTAHEDRON_SPECIES = torch.tensor([0, 1, 1, 1, 1, 1, 1])
 
 def build_new(kind: str, interactions: int = 2, cutoff_nm: float = CUTOFF) -> torch.nn.Module:
     torch.manual_seed(3)
-    settings = ModelSettings(kind=kind, features=12, interactions=interactions, radial=10, cutoff_nm=cutoff_nm)
-    return build_network(3, settings, 25.0)
+    kind, chiral, _ = kind.partition(", chiral")
+    settings = ModelSettings(
+        kind=kind,
+        features=12,
+        interactions=interactions,
+        radial=10,
+        cutoff_nm=cutoff_nm,
+        chiral_channels=4 if chiral else 0,
+    )
+    return build_base(3, settings, 25.0)
 
 
 def build_trained(kind: str, interactions: int = 2, cutoff_nm: float = CUTOFF) -> torch.nn.Module:
@@ -76,13 +85,19 @@ def test_starts_as_zero(kind: str) -> None:
     assert (build_new(kind)(build_frames().float(), SPECIES) == 0).all()
 
 
-def test_moving_turning_and_mirroring_change_nothing(kind: str) -> None:
-    """Mirroring too: none of these networks knows left from right. Tolerances: rounding in double precision."""
+def test_moving_and_turning_change_nothing(kind: str) -> None:
+    """Mirroring too, but where channels are there to see it. Tolerances: rounding in double precision."""
     network, frames = build_trained(kind), build_frames()
     turn, _ = torch.linalg.qr(torch.from_numpy(np.random.default_rng(0).standard_normal((3, 3))))
+    turn = turn * torch.linalg.det(turn)
     expected = network(frames, SPECIES)
-    for other in (frames + 1.3, frames @ turn.T, -frames):
+    for other in (frames + 1.3, frames @ turn.T):
         torch.testing.assert_close(network(other, SPECIES), expected, rtol=1e-10, atol=1e-9)
+    if "chiral" in kind:
+        # In units of 25 kJ/mol: far more than rounding.
+        assert float((network(-frames, SPECIES) - expected).abs().min()) > 1e-3
+    else:
+        torch.testing.assert_close(network(-frames, SPECIES), expected, rtol=1e-10, atol=1e-9)
     forces, turned = compute_forces(bind(network), frames), compute_forces(bind(network), frames @ turn.T)
     torch.testing.assert_close(turned, forces @ turn.T, rtol=1e-9, atol=1e-8)
     assert float(forces.abs().max()) > 1.0
@@ -214,3 +229,14 @@ def test_painn_tells_apart_what_distances_cannot(case: str, interactions: int) -
     assert energies["schnet"][0] == pytest.approx(energies["schnet"][1], rel=1e-10)
     # In units of 25 kJ/mol: far more than rounding, 1e-12.
     assert abs(energies["painn"][0] - energies["painn"][1]) > 1e-2
+
+
+def test_left_and_right_are_told_apart_by_what_is_not_planar() -> None:
+    """A planar molecule is its own mirror image, and no channel may say otherwise; a mirrored helix is another one."""
+    network = build_trained("schnet, chiral")
+    flat, turns = build_frames(1) * torch.tensor([1.0, 1.0, 0.0]), 1.7 * torch.arange(6, dtype=torch.float64)
+    helix = torch.stack((0.23 * torch.cos(turns), 0.23 * torch.sin(turns), 0.15 * torch.arange(6)), dim=1)[None]
+    species = torch.zeros(6, dtype=torch.long)
+    for frames, least, most in ((flat, 0.0, 1e-9), (helix, 1e-2, 1e6)):
+        images = network(torch.cat((frames, -frames)), species).detach()
+        assert least <= abs(float(images[0] - images[1])) <= most

@@ -119,7 +119,16 @@ DEFAULTS: dict[str, Any] = {
         "angle_walls": True,
         "min_molecules": 2,
     },
-    "model": {"kind": "schnet", "features": 64, "interactions": 2, "radial": 20, "cutoff_nm": 1.2, "options": None},
+    "model": {
+        "kind": "schnet",
+        "features": 64,
+        "interactions": 2,
+        "radial": 20,
+        "cutoff_nm": 1.2,
+        "torsions": True,
+        "chiral_channels": 0,
+        "options": None,
+    },
     "training": {
         "arms": [{"name": "fm", "hvp_weight": 0.0}, {"name": "hvp", "hvp_weight": 1.0}],
         "force_weight": 1.0,

@@ -8,6 +8,7 @@ import torch
 from training_cases import build_labels
 
 from openmm_hvpcg.errors import DataError
+from openmm_hvpcg.prior_terms import list_rows
 from openmm_hvpcg.training.batches import (
     BatchIndex,
     BatchSampler,
@@ -17,6 +18,7 @@ from openmm_hvpcg.training.batches import (
     group_molecules,
 )
 from openmm_hvpcg.training.dataset import choose_evenly, split_by_time_blocks
+from openmm_hvpcg.training.models.torsions import Bonded
 
 
 def test_split_holds_out_blocks_of_every_walker():
@@ -176,11 +178,20 @@ def test_processes_share_every_batch(n_ranks, shuffle):
     assert min(sizes) == 1
 
 
+def build_chain(n_beads):
+    bonds = np.array([(k, k + 1) for k in range(n_beads - 1)])
+    return Bonded(*(torch.from_numpy(list_rows(bonds, n_beads, k)) for k in (4, 5)))
+
+
+LINEAR = {n: build_chain(n) for n in (4, 5, 6)}
+
+
 def build_group(n_frames=(30, 20), n_probes=(3, 2), whitened=True):
     """Random tensors of molecules of five beads."""
     generator = torch.Generator().manual_seed(0)
     sizes = [
-        MoleculeSize(t, p, torch.randint(3, (5,), generator=generator)) for t, p in zip(n_frames, n_probes, strict=True)
+        MoleculeSize(t, p, torch.randint(3, (5,), generator=generator), LINEAR[5])
+        for t, p in zip(n_frames, n_probes, strict=True)
     ]
     group = FrameGroup.allocate(range(len(sizes)), sizes, whitened=whitened)
     for tensor in (group.positions, group.forces, group.probes, group.hvps, group.covariances, group.whitening):
@@ -214,9 +225,12 @@ def test_batch_of_one_molecule_has_one_row_of_species():
     assert batch.whitening is None
 
 
-def test_molecules_of_as_many_beads_share_batches():
-    sizes = [MoleculeSize(1, 1, torch.zeros(n, dtype=torch.long)) for n in (5, 4, 5, 6, 4)]
+def test_molecules_of_as_many_beads_bonded_alike_share_batches():
+    sizes = [MoleculeSize(1, 1, torch.zeros(n, dtype=torch.long), LINEAR[n]) for n in (5, 4, 5, 6, 4)]
     assert group_molecules(sizes) == [[0, 2], [1, 4], [3]]
+    branched = np.array([(0, 1), (1, 2), (1, 3), (3, 4)])
+    sizes[2] = sizes[2]._replace(bonded=Bonded(*(torch.from_numpy(list_rows(branched, 5, k)) for k in (4, 5))))
+    assert group_molecules(sizes) == [[0], [1, 4], [2], [3]]
     assert group_molecules(sizes, mixed=False) == [[0], [1], [2], [3], [4]]
 
 

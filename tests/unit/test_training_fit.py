@@ -29,10 +29,13 @@ from openmm_hvpcg.training.fit import fit_potential, load_fit
 from openmm_hvpcg.training.losses import compute_hvp_target, force_loss, hvp_loss
 from openmm_hvpcg.training.matching import MatchingModule
 from openmm_hvpcg.training.models.registry import build_network, scale_energy
+from openmm_hvpcg.training.models.torsions import Bonded, bind_network
 from openmm_hvpcg.training.models.total import TotalEnergy
 from openmm_hvpcg.training.preparation import Prepared, prepare
 
 MODEL = ModelSettings(features=16, interactions=1, radial=12, cutoff_nm=0.8)
+#: Of the molecule of build_labels.
+ROWS = Bonded.find(build_labels(20).bead_map)
 SETTINGS = TrainingSettings(
     hvp_weight=1.0,
     covariance="auto",
@@ -183,7 +186,9 @@ def test_mixed_batch_has_the_mean_loss_of_its_molecules(kind, whitening):
     assert prepared.molecules[0].own_share != prepared.molecules[1].own_share
     torch.manual_seed(2)
     network = build_network(3, MODEL.model_copy(update={"kind": kind}), KT)
-    torch.nn.init.normal_(network.readout[-1].weight)
+    last = [network.base.readout[-1], network.torsions.single[-1], network.torsions.pair[-1]]
+    for layer in last:
+        torch.nn.init.normal_(layer.weight)
     module = MatchingModule(network, settings, prepared)
     batches = FrameBatches(prepared.groups)
     molecules, frames = np.repeat([1, 0], [3, 5]), np.array([70, 2, 30, 4, 60, 61, 9, 33])
@@ -193,7 +198,7 @@ def test_mixed_batch_has_the_mean_loss_of_its_molecules(kind, whitening):
         batch = batches[BatchIndex(molecules[rows], frames[rows], probes[rows])]
         assert batch.species.shape == (len(batch.positions), 5)
         force, hvp = module.compute_losses(batch, True, create_graph=True)
-        weights = [p for p in network.parameters() if p is not network.readout[-1].bias]
+        weights = [p for p in network.parameters() if all(p is not layer.bias for layer in last)]
         gradients = torch.autograd.grad(module.combine(force, hvp), weights, allow_unused=True)
         return force.item(), hvp.item(), torch.cat([g.flatten() for g in gradients if g is not None])
 
@@ -213,13 +218,13 @@ def test_mixed_batch_has_the_mean_loss_of_its_molecules(kind, whitening):
 def test_batches_mix_molecules_where_the_network_can(tmp_path, monkeypatch, kind, mixed):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "contract"))
     seen = []
-    genuine = MatchingModule.training_step
+    genuine = MatchingModule.take_step
 
     def record(self, batch, index):
         seen.append(batch.species.ndim)
         return genuine(self, batch, index)
 
-    monkeypatch.setattr(MatchingModule, "training_step", record)
+    monkeypatch.setattr(MatchingModule, "take_step", record)
     data = [build_labels(100, name="one"), build_labels(80, seed=3, name="two")]
     model = ModelSettings(kind=kind, features=8, radial=8, cutoff_nm=0.8)
     result = fit_potential(data, change(max_epochs=1), model, PRIORS, tmp_path, progress=False)
@@ -268,7 +273,7 @@ def test_export_writes_a_potential_that_equals_the_model(trained, tmp_path):
     assert spec.metrics == result.metrics
     script.include_priors = False
     x = torch.from_numpy(frames[0]).double()
-    expected = result.network((x - x.mean(0)).float()[None], script.species)[0]
+    expected = bind_network(result.network, script.species, ROWS)((x - x.mean(0)).float()[None])[0]
     # The same float32 operations, scripted: fusion may change the last bits.
     assert float(script(x)) == pytest.approx(float(expected), rel=1e-5, abs=1e-4)
 
@@ -288,7 +293,7 @@ def test_export_refuses_a_potential_that_fails(trained, tmp_path):
 
     path = tmp_path / "potential.pt"
     with pytest.raises(PotentialError, match="rotation"):
-        export_potential(Leaning(result.network), result.spec, path, build_labels(20).positions)
+        export_potential(Leaning(result.network.base), result.spec, path, build_labels(20).positions)
     assert list(tmp_path.iterdir()) == []
     assert np.isfinite(result.metrics["force_rmse_validation"])
 
@@ -448,14 +453,15 @@ def test_balanced_weight_is_recorded_as_a_number(tmp_path):
 def test_cosine_warms_up_and_ends(tmp_path, monkeypatch):
     """A fiftieth of the rate at the first step, a thousandth at the last, and half of it half way."""
     rates = []
-    genuine = MatchingModule.training_step
+    genuine = MatchingModule.take_step
 
     def record(self, batch, index):
+        loss = genuine(self, batch, index)
         (group,) = self._optimizer.param_groups
         rates.append(group["lr"])
-        return genuine(self, batch, index)
+        return loss
 
-    monkeypatch.setattr(MatchingModule, "training_step", record)
+    monkeypatch.setattr(MatchingModule, "take_step", record)
     settings = change(schedule="cosine", hvp_weight=0.0, max_epochs=40, patience=40, batch_size=8, learning_rate=1e-3)
     train(tmp_path, settings, n_frames=75)
     # 60 training frames, 8 batches an epoch.
@@ -514,18 +520,18 @@ def test_interrupted_training_with_every_schedule_resumes_bit_for_bit(tmp_path, 
     Between them the resumed run has to take the pooled covariances from the checkpoint.
     """
     monkeypatch.setattr(matching_module, "POOLINGS", 3)
-    genuine = MatchingModule.training_step
+    genuine = MatchingModule.take_step
 
     def break_off(self, batch, index):
         if self.current_epoch == epoch and index == 1:
             raise Interruption
         return genuine(self, batch, index)
 
-    monkeypatch.setattr(MatchingModule, "training_step", break_off)
+    monkeypatch.setattr(MatchingModule, "take_step", break_off)
     with pytest.raises(Interruption):
         train(tmp_path, PAUSED, n_frames=120, force_noise=30.0)
     assert not (tmp_path / "training.json").exists()
-    monkeypatch.setattr(MatchingModule, "training_step", genuine)
+    monkeypatch.setattr(MatchingModule, "take_step", genuine)
     resumed = train(tmp_path, PAUSED, n_frames=120, force_noise=30.0)
     assert resumed.curves == whole.curves
     assert resumed.metrics["network_share"] == whole.metrics["network_share"]
@@ -592,7 +598,7 @@ def test_network_share_is_best_on_held_out_frames(noisy, settings, factor):
     assert 0.0 <= share <= 1.0
     m, rows, scales = prepared.molecules[0], torch.from_numpy(prepared.validation[0]), prepared.scales
     x, q, v, p, covariances = (getattr(m, n)[rows] for n in ("positions", "forces", "probes", "hvps", "covariances"))
-    f, h = compute_forces_and_hvps(lambda y: network(y, m.species), x, v)
+    f, h = compute_forces_and_hvps(bind_network(network, m.species, m.bonded), x, v)
     white = None if m.whitening is None else m.whitening[rows]
 
     def compute_loss(share: float) -> float:
@@ -621,14 +627,14 @@ def test_metrics_of_pure_noise_are_no_worse_than_the_priors(tmp_path, labels):
 def test_network_share_is_kept_by_what_is_loaded_and_exported(tmp_path, noisy):
     folder, result, content, network = noisy
     x, species = torch.from_numpy(build_labels(20).positions), torch.tensor([0, 1, 0, 1, 2])
-    whole, share = network(x, species).detach(), content["network_share"]
+    whole, share = bind_network(network, species, ROWS)(x).detach(), content["network_share"]
     assert share == result.metrics["network_share"]
     # The test has teeth: neither all nor nothing of a network of some kJ/mol.
     assert 0.0 < share < 0.9
     assert float(whole.abs().max()) > 0.1
     for found in (load_fit(folder).network, result.network):
         # Float32 rounding.
-        torch.testing.assert_close(found(x, species), share * whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(bind_network(found, species, ROWS)(x), share * whole, rtol=1e-4, atol=1e-5)
     script = script_potential(TotalEnergy(result.network, result.spec))
     save_potential(tmp_path / "potential.pt", script, result.spec)
     script, _ = load_potential(tmp_path / "potential.pt")
@@ -642,7 +648,8 @@ def test_training_of_an_older_version_has_the_whole_network(tmp_path, noisy):
     older = {key: value for key, value in content.items() if key != "network_share"}
     (tmp_path / "old" / "training.json").write_text(json.dumps(older))
     x, species = torch.from_numpy(build_labels(20).positions), torch.tensor([0, 1, 0, 1, 2])
-    assert torch.equal(load_fit(tmp_path / "old").network(x, species), network(x, species))
+    found = load_fit(tmp_path / "old").network
+    assert torch.equal(*(bind_network(n, species, ROWS)(x) for n in (found, network)))
 
 
 def test_potential_without_priors_is_exported(tmp_path):
@@ -686,3 +693,12 @@ def test_a_spec_lists_the_ends_of_a_chain_apart() -> None:
         for kinds in (species, ("A",) * 5)
     ]
     assert sites == [{"N-MOL:X": "N-A", "MOL:X": "A", "C-MOL:X": "C-A"}, {"MOL:X": "A"}]
+
+
+def test_training_killed_in_its_first_epoch_begins_anew(tmp_path):
+    """It left a table of validation alone, to which nothing fits."""
+    logs = tmp_path / "model" / "logs" / "csv"
+    logs.mkdir(parents=True)
+    (logs / "metrics.csv").write_text("epoch,step,val_force\n0,1,1.0\n")
+    train(tmp_path / "model", SETTINGS.model_copy(update={"max_epochs": 2}), NO_PRIORS, n_frames=80)
+    assert "train_loss" in (logs / "metrics.csv").read_text().splitlines()[0]

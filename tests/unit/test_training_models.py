@@ -19,15 +19,16 @@ from openmm_hvpcg.training.fit import fit_potential, load_fit
 from openmm_hvpcg.training.models import priors
 from openmm_hvpcg.training.models.painn import PaiNN, soft_norm
 from openmm_hvpcg.training.models.radial import cutoff_envelope
-from openmm_hvpcg.training.models.registry import build_network, import_builder
+from openmm_hvpcg.training.models.registry import build_base, import_builder
 from openmm_hvpcg.training.models.schnet import SchNet
+from openmm_hvpcg.training.models.torsions import Bonded, bind_network
 
 SETTINGS = ModelSettings(features=8, interactions=2, radial=10, cutoff_nm=0.5)
 
 
 def build_random_network(seed: int = 0, settings: ModelSettings = SETTINGS) -> SchNet:
     torch.manual_seed(seed)
-    network = build_network(3, settings, energy_scale=10.0).double()
+    network = build_base(3, settings, energy_scale=10.0).double()
     for parameter in network.readout[-1].parameters():
         torch.nn.init.normal_(parameter)
     return network
@@ -104,7 +105,7 @@ def test_network_is_invariant_and_starts_at_zero():
     torch.testing.assert_close(network(x @ turn + 1.0, SPECIES), network(x, SPECIES), rtol=1e-10, atol=1e-10)
     swapped = x[:, [2, 1, 0, 3, 4]]  # beads 0 and 2 are of one species
     torch.testing.assert_close(network(swapped, SPECIES), network(x, SPECIES), rtol=1e-10, atol=1e-10)
-    assert (build_network(3, SETTINGS)(x.float(), SPECIES) == 0).all()
+    assert (build_base(3, SETTINGS)(x.float(), SPECIES) == 0).all()
 
 
 def test_species_matter():
@@ -180,9 +181,10 @@ def test_other_networks_are_trained_read_back_and_exported(tmp_path, own_network
     back = load_fit(tmp_path / "model")
     assert back.spec.model == model.model_dump(mode="json")
     x = torch.from_numpy(build_labels(n_frames=3).positions)
-    expected = result.network(x, SPECIES).detach()
+    rows = Bonded.find(build_labels(n_frames=3).bead_map)
+    expected = bind_network(result.network, SPECIES, rows)(x).detach()
     assert float(expected.abs().max()) > 0
-    assert torch.equal(back.network(x, SPECIES), expected)
+    assert torch.equal(bind_network(back.network, SPECIES, rows)(x), expected)
     check = export_potential(back.network, back.spec, tmp_path / "potential.pt", x.numpy())
     assert check.passed
     script, spec = load_potential(tmp_path / "potential.pt")
@@ -219,7 +221,7 @@ def test_a_class_is_recorded_by_its_name(own_network):
     builder = import_builder("somebodys:MyNetwork")
     settings = ModelSettings(kind=builder)
     assert settings == ModelSettings(kind="somebodys:MyNetwork")
-    assert type(build_network(2, settings).network) is builder
+    assert type(build_base(2, settings).network) is builder
     assert ModelSettings(kind=PaiNN).kind == "openmm_hvpcg.training.models.painn:PaiNN"
 
 
@@ -241,14 +243,14 @@ def test_a_class_is_recorded_by_its_name(own_network):
 def test_a_network_that_cannot_be_had_is_explained(importable, text, kind, message):
     (importable / "mine.py").write_text(text)
     with pytest.raises(ConfigError, match=f"^model.kind: .*({message})"):
-        build_network(2, ModelSettings(kind=kind))
+        build_base(2, ModelSettings(kind=kind))
 
 
 def test_options_reach_the_builder_by_name(own_network):
-    network = build_network(2, ModelSettings(kind="somebodys:MyNetwork", options={"width": 5})).network
+    network = build_base(2, ModelSettings(kind="somebodys:MyNetwork", options={"width": 5})).network
     assert network.embedding.embedding_dim == 5
     with pytest.raises(ConfigError, match=r"cannot be built .*unexpected keyword argument 'witdh'"):
-        build_network(2, ModelSettings(kind="somebodys:MyNetwork", options={"witdh": 5}))
+        build_base(2, ModelSettings(kind="somebodys:MyNetwork", options={"witdh": 5}))
 
 
 @pytest.mark.parametrize(

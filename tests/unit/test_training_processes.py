@@ -65,20 +65,20 @@ def test_two_processes_train_as_one(alone, tmp_path, monkeypatch):
     its steps of that share, but for weights whose gradient is near zero.
     """
     folder, one = alone
-    genuine = MatchingModule.training_step
+    genuine = MatchingModule.take_step
 
     def break_off(self, batch, index):
         if self.current_epoch == 1 and index == 2:
             raise ZeroDivisionError
         return genuine(self, batch, index)
 
-    monkeypatch.setattr(MatchingModule, "training_step", break_off)
+    monkeypatch.setattr(MatchingModule, "take_step", break_off)
     with pytest.raises(ZeroDivisionError):
         train(tmp_path, TWO)
     assert not torch.distributed.is_initialized()
     assert not (tmp_path / "scratch").exists()
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()
-    monkeypatch.setattr(MatchingModule, "training_step", genuine)
+    monkeypatch.setattr(MatchingModule, "take_step", genuine)
     two = train(tmp_path, TWO)
     assert not torch.distributed.is_initialized()
     np.testing.assert_allclose(flatten(two.curves), flatten(one.curves), rtol=1e-4)
@@ -108,7 +108,7 @@ def test_lost_process_is_reported(tmp_path, monkeypatch):
 
 def test_killed_process_is_reported(tmp_path, monkeypatch):
     workers = []
-    genuine = MatchingModule.training_step
+    genuine = MatchingModule.take_step
 
     def start(*arguments, **keywords):
         workers.append(subprocess.Popen(*arguments, **keywords))
@@ -119,7 +119,7 @@ def test_killed_process_is_reported(tmp_path, monkeypatch):
         return genuine(self, batch, index)
 
     monkeypatch.setattr(processes_module, "start_process", start)
-    monkeypatch.setattr(MatchingModule, "training_step", kill)
+    monkeypatch.setattr(MatchingModule, "take_step", kill)
     with pytest.raises(BackendError, match=r"workers\.log: a process of the training ended before its time"):
         train(tmp_path, TWO)
     assert not torch.distributed.is_initialized()

@@ -43,8 +43,8 @@ from openmm_hvpcg.training.labels.team import Team
 
 logger = logging.getLogger(__name__)
 
-#: Frames of a chunk, a file each, and what a kill loses at most: the fewest and the most. zarr takes a millisecond a file,
-#: which many labels of a small molecule feel; a cluster wants many chunks to hand out.
+#: Frames of a chunk, a file each, and what a kill loses at most: the fewest and the most. zarr takes a millisecond a
+#: file, which many labels of a small molecule feel; a cluster wants many chunks to hand out.
 CHUNK_FRAMES, MAX_CHUNK_FRAMES = 64, 256
 MANY_CHUNKS = 64
 #: Conditional averaging: frames sampled one after the other in one Context.
@@ -149,9 +149,8 @@ def label_chunks(
             done = read_array(group, "done", path).astype(bool)
             size = group["done"].chunks[0]
         left = [k for k in range(-(-len(chosen) // size)) if not done[k * size :][:size].all()]
-        if group is not None:
-            if done.any() and left and chunks is None:
-                logger.info("%s: %d of %d frames are labelled already", path, int(done.sum()), len(done))
+        if group is not None and done.any() and left and chunks is None:
+            logger.info("%s: %d of %d frames are labelled already", path, int(done.sum()), len(done))
         todo = [k * size for k in left if chunks is None or k in chunks]
         slices = [slice(start, min(start + size, len(chosen))) for start in todo]
         with start_team(job, sum(s.stop - s.start for s in slices)) as team:

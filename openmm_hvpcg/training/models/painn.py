@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from openmm_hvpcg.config import ModelSettings
+from openmm_hvpcg.training.models.chirality import Chirality
+from openmm_hvpcg.training.models.filters import compute_filters
 from openmm_hvpcg.training.models.radial import RadialBasis, build_readout, cutoff_envelope, list_pairs
 
 
@@ -41,25 +43,24 @@ class Message(nn.Module):
         self.filter = nn.Linear(n_basis, width)
 
     def forward(
-        self, s: Tensor, v: Tensor, basis: Tensor, envelope: Tensor, unit: Tensor, first: Tensor, second: Tensor
+        self, s: Tensor, v: Tensor, weights: Tensor, unit: Tensor, first: Tensor, second: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Changes of scalars (F, B, features) and vectors (F, B, 3, features) from pairs (first, second), each (n,).
+        """Changes of scalars (N, features) and vectors (N, 3, features) from pairs (first, second), each (n,).
 
-        ``basis`` (F, n, K) and ``envelope`` (F, n) are of the distances, ``unit`` (F, n, 3) from first to second.
+        ``weights`` (n, width) are the filters of the distances, ``unit`` (n, 3) the directions from first to second.
         """
-        weights = self.filter(basis) * envelope.unsqueeze(-1)
         x = self.project(s)
-        to_first, to_second = weights * x.index_select(1, second), weights * x.index_select(1, first)
+        to_first, to_second = weights * x.index_select(0, second), weights * x.index_select(0, first)
         n = self.features
-        scalars = torch.zeros_like(s).index_add(1, first, to_first[..., :n])
-        scalars = scalars.index_add(1, second, to_second[..., :n])
+        scalars = torch.zeros_like(s).index_add(0, first, to_first[:, :n])
+        scalars = scalars.index_add(0, second, to_second[:, :n])
         along = unit.unsqueeze(-1)
-        vectors_first = to_first[..., n : 2 * n].unsqueeze(2) * along
-        vectors_second = -to_second[..., n : 2 * n].unsqueeze(2) * along
+        vectors_first = to_first[:, n : 2 * n].unsqueeze(1) * along
+        vectors_second = -to_second[:, n : 2 * n].unsqueeze(1) * along
         if self.has_vectors:
-            vectors_first = vectors_first + to_first[..., 2 * n :].unsqueeze(2) * v.index_select(1, second)
-            vectors_second = vectors_second + to_second[..., 2 * n :].unsqueeze(2) * v.index_select(1, first)
-        vectors = torch.zeros_like(v).index_add(1, first, vectors_first).index_add(1, second, vectors_second)
+            vectors_first = vectors_first + to_first[:, 2 * n :].unsqueeze(1) * v.index_select(0, second)
+            vectors_second = vectors_second + to_second[:, 2 * n :].unsqueeze(1) * v.index_select(0, first)
+        vectors = torch.zeros_like(v).index_add(0, first, vectors_first).index_add(0, second, vectors_second)
         return scalars, vectors
 
 
@@ -75,14 +76,14 @@ class Update(nn.Module):
         self.weigh = nn.Sequential(nn.Linear(2 * features, features), nn.SiLU(), nn.Linear(features, width))
 
     def forward(self, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Changes of scalars (F, B, features) and vectors (F, B, 3, features)."""
+        """Changes of scalars (N, features) and vectors (N, 3, features)."""
         n = self.features
         mixed = self.mix(v)
         left, right = mixed[..., :n], mixed[..., n:]
         weights = self.weigh(torch.cat((s, soft_norm(right)), dim=-1))
-        scalars = weights[..., :n] + weights[..., n : 2 * n] * (left * right).sum(dim=2)
+        scalars = weights[..., :n] + weights[..., n : 2 * n] * (left * right).sum(dim=1)
         if self.keeps_vectors:
-            return scalars, weights[..., 2 * n :].unsqueeze(2) * left
+            return scalars, weights[..., 2 * n :].unsqueeze(1) * left
         return scalars, torch.zeros_like(v)
 
 
@@ -106,20 +107,42 @@ class PaiNN(nn.Module):
         self.basis = RadialBasis(settings.radial, settings.cutoff_nm)
         self.messages = nn.ModuleList(Message(features, settings.radial, has_vectors=i > 0) for i in range(depth))
         self.updates = nn.ModuleList(Update(features, keeps_vectors=i < depth - 1) for i in range(depth))
+        channels = settings.chiral_channels
+        self.chirality = Chirality(features, settings.radial, channels) if channels else None
         self.readout = build_readout(features, nn.SiLU())
         self.register_buffer("energy_scale", torch.tensor(float(energy_scale)))
 
     def forward(self, positions: Tensor, species: Tensor) -> Tensor:
         """Energies (F,) kJ/mol of frames (F, B, 3) nm with species (B,), or (F, B) of each frame."""
-        first, second, difference, distance = list_pairs(positions)
+        first, second, difference, distance = list_pairs(positions, self.cutoff_nm)
         unit = difference / distance.unsqueeze(-1)
-        basis = self.basis(distance)
-        envelope = cutoff_envelope(distance / self.cutoff_nm)
-        s = self.embedding(species).expand(positions.shape[0], -1, -1)
-        v = s.new_zeros(s.shape[0], s.shape[1], 3, s.shape[2])
-        for message, update in zip(self.messages, self.updates):  # noqa: B905  TorchScript's zip has no strict
-            scalars, vectors = message(s, v, basis, envelope, unit, first, second)
+        weights = self._compute_filters(distance)
+        s = self.embedding(species.expand(positions.shape[0], positions.shape[1]).flatten())
+        if self.chirality is not None:
+            s = s + self.chirality(s, weights[-2], weights[-1], unit, first, second)
+        v = s.new_zeros(s.shape[0], 3, s.shape[1])
+        for i, (message, update) in enumerate(zip(self.messages, self.updates)):  # noqa: B905  TorchScript has no strict
+            scalars, vectors = message(s, v, weights[i], unit, first, second)
             s, v = s + scalars, v + vectors
             scalars, vectors = update(s, v)
             s, v = s + scalars, v + vectors
-        return self.energy_scale * self.readout(s).squeeze(-1).sum(dim=-1)
+        energies = self.readout(s).reshape(positions.shape[0], positions.shape[1]).sum(dim=-1)
+        return self.energy_scale * energies
+
+    def _compute_filters(self, distance: Tensor) -> list[Tensor]:
+        """Filters (n, width) of the interactions, and the two of the handedness."""
+        if torch.jit.is_scripting():
+            basis = self.basis(distance)
+            envelope = cutoff_envelope(distance / self.cutoff_nm).unsqueeze(-1)
+            weights: list[Tensor] = []
+            for message in self.messages:
+                weights.append(message.filter(basis) * envelope)  # type: ignore[operator]
+            if self.chirality is not None:
+                weights.append(self.chirality.direct(basis) * envelope)
+                weights.append(self.chirality.filter(basis) * envelope)
+            return weights
+        else:  # TorchScript leaves out this branch only where it is one
+            filters: list[nn.Module] = [message.get_submodule("filter") for message in self.messages]
+            if self.chirality is not None:
+                filters += [self.chirality.direct, self.chirality.filter]
+            return compute_filters(distance, self.basis, self.cutoff_nm, filters)

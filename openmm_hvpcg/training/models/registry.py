@@ -29,6 +29,7 @@ from openmm_hvpcg.errors import ConfigError
 from openmm_hvpcg.storage import hash_file
 from openmm_hvpcg.training.models.painn import PaiNN
 from openmm_hvpcg.training.models.schnet import SchNet
+from openmm_hvpcg.training.models.torsions import add_torsions, split_network
 
 #: The package's own networks by their ``kind``.
 BUILDERS: dict[str, Callable[[int, ModelSettings, float], nn.Module]] = {"schnet": SchNet, "painn": PaiNN}
@@ -51,7 +52,7 @@ class ScaledNetwork(nn.Module):
 
 
 def build_network(n_species: int, settings: ModelSettings, energy_scale: float = 1.0) -> nn.Module:
-    """The network that ``settings.kind`` names, new.
+    """The network that ``settings.kind`` names, new, with one of the dihedrals beside it if ``settings.torsions``.
 
     Parameters
     ----------
@@ -64,6 +65,11 @@ def build_network(n_species: int, settings: ModelSettings, energy_scale: float =
     ConfigError
         A network of one's own cannot be imported or built, or is no ``torch.nn.Module``.
     """
+    return add_torsions(build_base(n_species, settings, energy_scale), n_species, settings, energy_scale)
+
+
+def build_base(n_species: int, settings: ModelSettings, energy_scale: float = 1.0) -> nn.Module:
+    """The network that ``settings.kind`` names alone; see :func:`build_network`."""
     if not settings.is_foreign:
         return BUILDERS[settings.kind](n_species, settings, energy_scale)
     builder = import_builder(settings.kind)
@@ -130,4 +136,6 @@ def describe_source(settings: ModelSettings) -> dict[str, str]:
 
 def scale_energy(network: nn.Module, factor: float) -> None:
     """Multiply the network's energy by ``factor``, in place."""
-    network.energy_scale.mul_(factor)  # type: ignore[operator]
+    for part in split_network(network):
+        if part is not None:
+            part.energy_scale.mul_(factor)  # type: ignore[operator]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from openmm_hvpcg.config import ModelSettings
+from openmm_hvpcg.training.models.chirality import Chirality
+from openmm_hvpcg.training.models.filters import compute_filters
 from openmm_hvpcg.training.models.radial import RadialBasis, build_readout, cutoff_envelope, list_pairs
 
 
@@ -25,12 +27,11 @@ class Interaction(nn.Module):
         self.project = nn.Linear(features, features, bias=False)
         self.update = nn.Sequential(nn.Linear(features, features), nn.Tanh(), nn.Linear(features, features))
 
-    def forward(self, h: Tensor, basis: Tensor, envelope: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Update (F, B, features) of the features ``h`` from pairs (first, second), each (n,), with basis (F, n, K)."""
-        weights = self.filter(basis) * envelope.unsqueeze(-1)
+    def forward(self, h: Tensor, weights: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Update (N, features) of the features ``h`` from pairs (first, second), each (n,), with their filters."""
         x = self.project(h)
-        message = torch.zeros_like(x).index_add(1, first, weights * x.index_select(1, second))
-        message = message.index_add(1, second, weights * x.index_select(1, first))
+        message = torch.zeros_like(x).index_add(0, first, weights * x.index_select(0, second))
+        message = message.index_add(0, second, weights * x.index_select(0, first))
         return self.update(message)
 
 
@@ -54,15 +55,38 @@ class SchNet(nn.Module):
         self.interactions = nn.ModuleList(
             Interaction(settings.features, settings.radial) for _ in range(settings.interactions)
         )
+        channels = settings.chiral_channels
+        self.chirality = Chirality(settings.features, settings.radial, channels) if channels else None
         self.readout = build_readout(settings.features, nn.Tanh())
         self.register_buffer("energy_scale", torch.tensor(float(energy_scale)))
 
     def forward(self, positions: Tensor, species: Tensor) -> Tensor:
         """Energies (F,) kJ/mol of frames (F, B, 3) nm with species (B,), or (F, B) of each frame."""
-        first, second, _, distance = list_pairs(positions)
-        basis = self.basis(distance)
-        envelope = cutoff_envelope(distance / self.cutoff_nm)
-        h = self.embedding(species).expand(positions.shape[0], -1, -1)
-        for interaction in self.interactions:
-            h = h + interaction(h, basis, envelope, first, second)
-        return self.energy_scale * self.readout(h).squeeze(-1).sum(dim=-1)
+        first, second, difference, distance = list_pairs(positions, self.cutoff_nm)
+        weights = self._compute_filters(distance)
+        h = self.embedding(species.expand(positions.shape[0], positions.shape[1]).flatten())
+        if self.chirality is not None:
+            unit = difference / distance.unsqueeze(-1)
+            h = h + self.chirality(h, weights[-2], weights[-1], unit, first, second)
+        for i, interaction in enumerate(self.interactions):
+            h = h + interaction(h, weights[i], first, second)
+        energies = self.readout(h).reshape(positions.shape[0], positions.shape[1]).sum(dim=-1)
+        return self.energy_scale * energies
+
+    def _compute_filters(self, distance: Tensor) -> list[Tensor]:
+        """Filters (n, width) of the interactions, and the two of the handedness."""
+        if torch.jit.is_scripting():
+            basis = self.basis(distance)
+            envelope = cutoff_envelope(distance / self.cutoff_nm).unsqueeze(-1)
+            weights: list[Tensor] = []
+            for interaction in self.interactions:
+                weights.append(interaction.filter(basis) * envelope)  # type: ignore[operator]
+            if self.chirality is not None:
+                weights.append(self.chirality.direct(basis) * envelope)
+                weights.append(self.chirality.filter(basis) * envelope)
+            return weights
+        else:  # TorchScript leaves out this branch only where it is one
+            filters: list[nn.Module] = [interaction.get_submodule("filter") for interaction in self.interactions]
+            if self.chirality is not None:
+                filters += [self.chirality.direct, self.chirality.filter]
+            return compute_filters(distance, self.basis, self.cutoff_nm, filters)
