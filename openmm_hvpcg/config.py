@@ -476,6 +476,15 @@ MODEL_BEFORE: dict[str, Any] = {"options": None, "torsions": False, "chiral_chan
 TRAINING_FREE = ("memory_gb",)
 
 
+class ExportSettings(Settings):
+    """The potential file."""
+
+    tabulate: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="radial filters as splines, many times as fast: auto, where their error is below 1e-5; on insists",
+    )
+
+
 class ExchangeSettings(Settings):
     """Replica exchange of a CG simulation with hotter copies of itself."""
 
@@ -557,6 +566,7 @@ class Protocol(Settings):
     priors: PriorSettings = PriorSettings()
     model: ModelSettings = ModelSettings()
     training: TrainingSettings = TrainingSettings()
+    export: ExportSettings = ExportSettings()
     simulation: SimulationSettings = SimulationSettings()
     analysis: AnalysisSettings = AnalysisSettings()
 

@@ -159,7 +159,7 @@ class Study:
                 before |= self.describe_unit("label", molecule.name)
             return {**before, **own, "molecules trained on": [m.name for m in self.trained]}
         if stage == "export":
-            return {f"{FILE}training.json": _hash(self.find_output("train", unit))}
+            return {f"{FILE}training.json": _hash(self.find_output("train", unit)), **_flatten("export", p.export)}
         if stage == "simulate":
             arm, molecule_name = unit.split("/")
             before = {**self.describe_unit("train", arm), **self.describe_unit("sample", molecule_name)}

@@ -197,7 +197,8 @@ def _export(study: Study) -> None:
         _require(study, "train", arm)
         fit = load_fit(study.model_folder(arm))
         frames = np.asarray(_load_labels(study, study.trained[0].name, stream=True).positions)
-        check = export_potential(fit.network, fit.spec, study.potential_path(arm), frames)
+        tabulate = study.protocol.export.tabulate
+        check = export_potential(fit.network, fit.spec, study.potential_path(arm), frames, tabulate)
         write_json(
             study.model_folder(arm) / "check.json",
             [{"name": i.name, "value": i.value, "tolerance": i.tolerance, "reason": i.reason} for i in check.items],

@@ -153,6 +153,7 @@ DEFAULTS: dict[str, Any] = {
         "memory_gb": None,
         "seed": 3,
     },
+    "export": {"tabulate": "auto"},
     "simulation": {
         "replicas": 32,
         "exchange": None,

@@ -43,9 +43,9 @@ class Bonded(NamedTuple):
 def describe_turns(positions: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the network is given of rows of k bonded beads, ``index`` (m, k), in frames (F, B, 3) nm.
 
-    Cosines of angles (F, m, k - 2), and cosines and sines of dihedrals (F, m, k - 3). They are to be joined with all else
-    at once: TorchScript makes one of joins of joins, and a script that was first called without asking for forces then
-    forgets that they hang on the positions.
+    Cosines of angles (F, m, k - 2), and cosines and sines of dihedrals (F, m, k - 3). They are to be joined with all
+    else at once: TorchScript makes one of joins of joins, and a script that was first called without asking for forces
+    then forgets that they hang on the positions.
     """
     beads = positions[:, index]
     bonds = beads[:, :, 1:] - beads[:, :, :-1]
