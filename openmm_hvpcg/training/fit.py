@@ -154,7 +154,7 @@ def load_fit(folder: str | Path) -> FitResult:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         spec = PotentialSpec.from_json(json.dumps(content["spec"]), where=path)
-        model = ModelSettings.model_validate(spec.model)
+        model = ModelSettings.model_validate({**MODEL_BEFORE, **spec.model})
         _warn_of_changed_source(spec, model, path)
         network = _load_network(Path(folder) / "checkpoints" / content["best"], spec, model)
         scale_energy(network, content.get("network_share", 1.0))

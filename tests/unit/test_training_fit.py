@@ -702,3 +702,17 @@ def test_training_killed_in_its_first_epoch_begins_anew(tmp_path):
     (logs / "metrics.csv").write_text("epoch,step,val_force\n0,1,1.0\n")
     train(tmp_path / "model", SETTINGS.model_copy(update={"max_epochs": 2}), NO_PRIORS, n_frames=80)
     assert "train_loss" in (logs / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_a_training_from_before_torsions_is_read(tmp_path):
+    """Its settings do not say that it has none."""
+    model = MODEL.model_copy(update={"torsions": False})
+    settings = SETTINGS.model_copy(update={"max_epochs": 1})
+    result = fit_potential([build_labels(80)], settings, model, NO_PRIORS, tmp_path, progress=False)
+    path = tmp_path / "training.json"
+    content = json.loads(path.read_text())
+    for key in ("torsions", "chiral_channels"):
+        del content["spec"]["model"][key]
+    path.write_text(json.dumps(content))
+    x, species = torch.from_numpy(build_labels(20).positions), torch.tensor([0, 1, 0, 1, 2])
+    assert torch.equal(load_fit(tmp_path).network(x, species), result.network(x, species))
