@@ -89,7 +89,8 @@ def main() -> None:
     (options.out / "table.md").write_text(make_tables(results), encoding="utf-8")
     plot_bars(results, options.out / "kl.png")
     plot_profiles(results, options.out / "profiles.png")
-    plot_efficiency(results, options.out / "efficiency.png")
+    if len(results.sizes) > 1:
+        plot_efficiency(results, options.out / "efficiency.png")
     for run in content["runs"]:
         for figures in [*run["peptides"].values(), *run["trained peptides"].values()]:
             figures.pop("curve", None)
