@@ -15,7 +15,7 @@ from openmm_hvpcg.training.derivatives import compute_forces, compute_forces_and
 from openmm_hvpcg.training.labels.hvp import compute_projected_hvps
 from openmm_hvpcg.training.labels.oracle import ForceOracle
 from openmm_hvpcg.training.losses import LossScales, compute_hvp_target, force_loss, hvp_loss
-from openmm_hvpcg.training.models.registry import build_network as build_schnet
+from openmm_hvpcg.training.models.registry import build_base as build_schnet
 
 BETA = 0.4
 SCALES = LossScales(force=300.0, hvp=2e5)

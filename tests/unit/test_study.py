@@ -122,7 +122,7 @@ def test_records_of_older_versions(study: Study, protocol: Path) -> None:
     finish(study, "label", "a")
     path = study._record_path("label", "a")
     old = {k: v for k, v in read_record(path).items() if k not in BEFORE}
-    later = ("training.", "reference.", "priors.", "simulation.")
+    later = ("training.", "model.", "reference.", "priors.", "simulation.")
     assert len(old) == len(read_record(path)) - sum(not key.startswith(later) for key in BEFORE)
     write_json(path, old)
     assert study.find_changes("label", "a") == []
