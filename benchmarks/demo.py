@@ -67,7 +67,7 @@ def main() -> None:
         began = time.perf_counter()
         subprocess.run([COMMAND, "run", str(PROTOCOL), "--out", str(out), "--quiet"], check=True)
         total = time.perf_counter() - began
-        stages, work = read(out / "summary.json")["stage_seconds"], find_work(out)
+        stages, work = read(out / "report" / "summary.json")["stage_seconds"], find_work(out)
     rows = {name: {"seconds": t, "work_s": round(work.get(name, 0.0), 1)} for name, t in stages.items()}
     rows["start-up"] = {"seconds": round(total - sum(stages.values()), 1), "work_s": 0.0}
     rest = 1.0 - sum(work.values()) / total

@@ -43,7 +43,7 @@ from openmm_hvpcg.training.losses import LossScales, force_loss, hvp_loss
 from openmm_hvpcg.training.models.radial import cutoff_envelope
 from openmm_hvpcg.training.models.registry import build_network
 
-MODEL = ModelSettings(features=32, interactions=2, radial=60, cutoff_nm=1.2)
+MODEL = ModelSettings(features=32, interactions=2, radial=60, cutoff_nm=1.2, torsions=False)
 #: Beads, frames of a batch, probes of a frame.
 CASES = ((5, 64, 1), (10, 64, 1), (10, 64, 4), (30, 32, 1), (80, 8, 1))
 #: Sizes of the molecules of the mixed batch, and frames of each.
