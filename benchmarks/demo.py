@@ -37,7 +37,7 @@ def time_help() -> float:
 
 def find_work(out: Path) -> dict[str, float]:
     """Seconds of physics and learning in each stage, from what the package notes of its rates and times."""
-    log = "\n".join(path.read_text(encoding="utf-8") for path in out.glob("*.log"))
+    log = (out / "log.txt").read_text(encoding="utf-8")
     sampled = re.findall(r"walkers, ([\d.e+-]+) ns at ([\d.e+-]+) ns/day", log)
     calls = [n for path in sorted(out.rglob("*.zarr/zarr.json")) if (n := count_calls(path))]
     return {
@@ -67,7 +67,7 @@ def main() -> None:
         began = time.perf_counter()
         subprocess.run([COMMAND, "run", str(PROTOCOL), "--out", str(out), "--quiet"], check=True)
         total = time.perf_counter() - began
-        stages, work = read(out / "report" / "summary.json")["stage_seconds"], find_work(out)
+        stages, work = read(out / "stages" / "seconds.json"), find_work(out)
     rows = {name: {"seconds": t, "work_s": round(work.get(name, 0.0), 1)} for name, t in stages.items()}
     rows["start-up"] = {"seconds": round(total - sum(stages.values()), 1), "work_s": 0.0}
     rest = 1.0 - sum(work.values()) / total
