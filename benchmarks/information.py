@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from reference_identity import BACKBONE, TEMPERATURE
 
 from openmm_hvpcg.atomistic.sampling import sample_frames
 from openmm_hvpcg.atomistic.systems import build_atomistic_system
@@ -36,10 +37,6 @@ from openmm_hvpcg.training.labels.probes import compute_soft_modes
 from openmm_hvpcg.training.reference import compute_reference
 from openmm_hvpcg.units import compute_kt
 
-TEMPERATURE = 300.0
-BACKBONE = (
-    "(resname ACE and name C) or (resname ALA and (name N or name CA or name CB or name C)) or (resname NME and name N)"
-)
 #: Name: sequence, beads.
 MOLECULES = {"capped alanine, 6 beads": ("A", BACKBONE), "capped AAGAA, C-alpha": ("AAGAA", "ca")}
 #: Frames, 1 ps apart, that covariances are pooled over; configurations of them that are held, samples at each, and MD

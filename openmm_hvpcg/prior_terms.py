@@ -197,17 +197,21 @@ class PriorTerms:
     repulsion_epsilon: float
 
 
+def _list_neighbours(bonds: NDArray[np.int64], n_beads: int) -> list[list[int]]:
+    """The beads that each bead is bonded to, in order."""
+    neighbours: list[list[int]] = [[] for _ in range(n_beads)]
+    for i, j in bonds.tolist():
+        neighbours[i].append(j)
+        neighbours[j].append(i)
+    return [sorted(entry) for entry in neighbours]
+
+
 def build_prior_geometry(bonds: NDArray[np.int64], n_beads: int) -> PriorGeometry:
     """Enumerate angles, dihedrals, impropers and repelling pairs from the bonds of a molecule.
 
     Pairs joined by one, two or three bonds do not repel: the other terms speak for them.
     """
-    neighbours: list[list[int]] = [[] for _ in range(n_beads)]
-    for i, j in bonds.tolist():
-        neighbours[i].append(j)
-        neighbours[j].append(i)
-    for entry in neighbours:
-        entry.sort()
+    neighbours = _list_neighbours(bonds, n_beads)
     angles = [(a, c, b) for c in range(n_beads) for a, b in combinations(neighbours[c], 2)]
     dihedrals = [
         (a, i, j, b)
@@ -235,10 +239,7 @@ def list_rows(bonds: NDArray[np.int64], n_beads: int, length: int) -> NDArray[np
     A row goes upwards: its second bead comes before its last but one. Chains are numbered from their beginning, so that
     rows go along them.
     """
-    neighbours: list[list[int]] = [[] for _ in range(n_beads)]
-    for i, j in bonds.tolist():
-        neighbours[i].append(j)
-        neighbours[j].append(i)
+    neighbours = _list_neighbours(bonds, n_beads)
     rows: list[tuple[int, ...]] = [(bead,) for bead in range(n_beads)]
     for _ in range(length - 1):
         rows = [(*row, bead) for row in rows for bead in neighbours[row[-1]] if bead not in row]

@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,6 +24,7 @@ from openmm_hvpcg.atomistic.checkpoints import Checkpoint, read_checkpoint, writ
 from openmm_hvpcg.atomistic.molecule import AtomisticSystem, is_movable
 from openmm_hvpcg.atomistic.platforms import PlatformChoice
 from openmm_hvpcg.atomistic.walker import WalkerJob
+from openmm_hvpcg.atomistic.workers import start_worker
 from openmm_hvpcg.config import SamplingSettings
 from openmm_hvpcg.errors import BackendError, UnstableSimulationError
 from openmm_hvpcg.frames import FramesStore
@@ -245,19 +243,7 @@ def _steps_before(job: WalkerJob) -> int:
 @contextlib.contextmanager
 def _start_process(errors: IO[bytes]) -> Iterator[tuple[subprocess.Popen[bytes], Connection]]:
     """A walker process and the connection to it; it is gone on exit."""
-    ours, theirs = socket.socketpair()
-    root = str(Path(__file__).resolve().parents[2])
-    search = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-    connection = Connection(ours.detach())
-    process = subprocess.Popen(
-        [sys.executable, "-m", "openmm_hvpcg.atomistic.walker", str(theirs.fileno())],
-        pass_fds=[theirs.fileno()],
-        stdin=subprocess.DEVNULL,
-        stdout=errors,
-        stderr=errors,
-        env={**os.environ, "PYTHONPATH": search},
-    )
-    theirs.close()
+    process, connection = start_worker("openmm_hvpcg.atomistic.walker", errors)
     try:
         yield process, connection
     finally:

@@ -13,6 +13,7 @@ from openmm_hvpcg.atomistic.crowd import Crowd, build_crowd
 from openmm_hvpcg.atomistic.periodic import label_molecules
 from openmm_hvpcg.atomistic.platforms import GPU_PLATFORMS, read_forces
 from openmm_hvpcg.errors import InputError
+from openmm_hvpcg.frames import find_not_finite
 
 if TYPE_CHECKING:
     import mdtraj as md
@@ -93,8 +94,8 @@ class ForceOracle:
                 job.result()
         if len(self._massless):
             forces[:, self._massless] = 0.0
-        if not np.isfinite(forces).all():
-            bad = int(np.argmin(np.isfinite(forces).all(axis=(1, 2))))
+        bad = find_not_finite(forces)
+        if bad is not None:
             raise InputError(f"forces of configuration {bad} are not finite", hint="check that frame for overlaps")
         return forces
 

@@ -6,22 +6,18 @@ What comes out does not depend on how many there are.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import socket
 import subprocess
-import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import IO
 
 import openmm
 
 from openmm_hvpcg import errors
+from openmm_hvpcg.atomistic.workers import start_worker
 from openmm_hvpcg.errors import BackendError
 from openmm_hvpcg.training.labels.hvp import ForceFunction
 from openmm_hvpcg.training.labels.parts import Labels, Part, Recipe, label_part
@@ -137,20 +133,10 @@ def _feed(member: _Member, parts: Parts) -> None:
 
 
 def _start_member() -> _Member:
-    ours, theirs = socket.socketpair()
-    search = (str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH"))
     log = tempfile.TemporaryFile()  # noqa: SIM115
-    with contextlib.closing(theirs):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "openmm_hvpcg.training.labels.worker", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            # Products of small matrices: a process a core is enough.
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in search if p), "OMP_NUM_THREADS": "1"},
-        )
-    return _Member(process, Connection(ours.detach()), log)
+    # Products of small matrices: a process a core is enough.
+    process, connection = start_worker("openmm_hvpcg.training.labels.worker", log, OMP_NUM_THREADS="1")
+    return _Member(process, connection, log)
 
 
 def _explain(member: _Member) -> BackendError:

@@ -10,16 +10,23 @@ the filter's weights, and none to the positions but through the distance.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from openmm_hvpcg.training.models.chirality import Chirality
 from openmm_hvpcg.training.models.radial import RadialBasis, cutoff_envelope
 
 #: Derivatives by the distance that are written out: forces take one, HVPs two, and the slope of their loss three.
 HIGHEST_ORDER = 3
+
+
+def list_filters(blocks: Iterable[nn.Module], chirality: Chirality | None) -> list[nn.Module]:
+    """A network's filters in the order of all that use them: of its blocks in turn, then the two of its handedness."""
+    filters = [block.get_submodule("filter") for block in blocks]
+    return filters if chirality is None else [*filters, chirality.direct, chirality.filter]
 
 
 def compute_filters(

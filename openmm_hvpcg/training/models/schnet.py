@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from openmm_hvpcg.config import ModelSettings
 from openmm_hvpcg.training.models.chirality import Chirality
-from openmm_hvpcg.training.models.filters import compute_filters
+from openmm_hvpcg.training.models.filters import compute_filters, list_filters
 from openmm_hvpcg.training.models.radial import RadialBasis, build_readout, cutoff_envelope, list_pairs
 
 
@@ -86,7 +86,5 @@ class SchNet(nn.Module):
                 weights.append(self.chirality.filter(basis) * envelope)
             return weights
         else:  # TorchScript leaves out this branch only where it is one
-            filters: list[nn.Module] = [interaction.get_submodule("filter") for interaction in self.interactions]
-            if self.chirality is not None:
-                filters += [self.chirality.direct, self.chirality.filter]
+            filters = list_filters(self.interactions, self.chirality)
             return compute_filters(distance, self.basis, self.cutoff_nm, filters)

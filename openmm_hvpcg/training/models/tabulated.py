@@ -25,6 +25,7 @@ from openmm_hvpcg.training.models.explicit import (
     copy_bias,
     copy_weight,
 )
+from openmm_hvpcg.training.models.filters import list_filters
 from openmm_hvpcg.training.models.neighbours import PairList, add_up, sum_differences
 from openmm_hvpcg.training.models.radial import cutoff_envelope
 from openmm_hvpcg.training.models.schnet import SchNet
@@ -37,17 +38,14 @@ def build_filters(network: SchNet) -> Callable[[NDArray[np.float64]], NDArray[np
     Columns are those of each interaction in turn, then those of the directions and of the volumes of its chirality.
     """
     exact = copy.deepcopy(network).cpu().double()
+    filters = list_filters(exact.interactions, exact.chirality)
 
     def compute(distances: NDArray[np.float64]) -> NDArray[np.float64]:
         r = torch.from_numpy(distances)
         with torch.no_grad():
             basis = exact.basis(r)
-            columns = [interaction.get_submodule("filter")(basis) for interaction in exact.interactions]
-            if exact.chirality is not None:
-                columns += [exact.chirality.direct(basis), exact.chirality.filter(basis)]
-            values: NDArray[np.float64] = (
-                torch.cat(columns, 1) * cutoff_envelope(r / exact.cutoff_nm)[:, None]
-            ).numpy()
+            columns = torch.cat([f(basis) for f in filters], 1)
+            values: NDArray[np.float64] = (columns * cutoff_envelope(r / exact.cutoff_nm)[:, None]).numpy()
         return values
 
     return compute
