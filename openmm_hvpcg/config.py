@@ -393,6 +393,16 @@ class ArmSettings(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
 
 
+class DensitySettings(Settings):
+    """Mean forces from where the frames lie, beside projected forces.
+
+    The defaults scatter least for C-alpha beads (``benchmarks/density.py``).
+    """
+
+    beads: float = Field(0.4, ge=0, lt=1, description="share of it in what the network of the beads learns")
+    torsions: float = Field(0.8, ge=0, lt=1, description="share of it in what the network of the dihedrals learns")
+
+
 class TrainingSettings(Settings):
     """Force matching and Hessian matching."""
 
@@ -418,6 +428,9 @@ class TrainingSettings(Settings):
     covariance_regions: int = Field(4, ge=1, description="pooled: regions of the soft coordinates")
     whiten: Literal["none", "noise"] = Field(
         "none", description="noise: residuals count by the noise of their direction"
+    )
+    density: DensitySettings | None = Field(
+        None, description="learn from the density of the frames too; they must be an equilibrium ensemble; null: don't"
     )
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
@@ -452,6 +465,12 @@ class TrainingSettings(Settings):
         return value
 
     @model_validator(mode="after")
+    def _density_alone(self) -> TrainingSettings:
+        if self.density is not None and self.whiten != "none":
+            raise ValueError("density and whiten: noise exclude each other, choose one")
+        return self
+
+    @model_validator(mode="after")
     def _unique_arms(self) -> TrainingSettings:
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) != len(names):
@@ -466,6 +485,7 @@ TRAINING_BEFORE: dict[str, Any] = {
     "covariance_frames": TrainingSettings.model_fields["covariance_frames"].default,
     "covariance_regions": TrainingSettings.model_fields["covariance_regions"].default,
     "whiten": "none",
+    "density": None,
     "schedule": "plateau",
     "frames_per_molecule": None,
     "devices": 1,
@@ -595,8 +615,15 @@ class Protocol(Settings):
                 f"simulation.exchange.hottest_K ({exchange.hottest_K:g}) is not above temperature_K"
                 f" ({self.temperature_K:g})"
             )
+        chosen = next((m.name for m in self.molecules if m.input.trajectory_choice == "cluster"), None)
         for arm in self.training.arms:
-            resolve_arm(self, arm.name)
+            training, _ = resolve_arm(self, arm.name)
+            if training.density is not None and chosen is not None:
+                raise ValueError(
+                    f"arm {arm.name} learns from the density of the frames (training.density), and frames of molecule"
+                    f" {chosen} chosen by cluster are not distributed as its ensemble is: choose them by time, or leave"
+                    " density out"
+                )
         return self
 
 

@@ -26,7 +26,8 @@ class MoleculeTensors:
 
     ``positions``, ``forces`` (T, B, 3); ``probes``, ``hvps``, ``covariances`` (T, P, B, 3), the last the covariance of
     forces times the probes, what of it is not taken from the residual of the day; ``own_share``, what is; ``species``
-    (B,); ``whitening`` (T, 3B, 3B) or None.
+    (B,); ``whitening`` (T, 3B, 3B) or None; ``prior_forces`` (T, B, 3), what was taken out of the forces, where the
+    loss asks for it, else None.
     """
 
     positions: Tensor
@@ -38,6 +39,7 @@ class MoleculeTensors:
     covariances: Tensor
     own_share: float = 1.0
     whitening: Tensor | None = None
+    prior_forces: Tensor | None = None
 
 
 class MoleculeSize(NamedTuple):
@@ -66,7 +68,13 @@ class Batch(NamedTuple):
     covariances: Tensor
     own_share: Tensor
     whitening: Tensor | None
+    prior_forces: Tensor | None
     weight: float = 1.0
+
+    @property
+    def projected_forces(self) -> Tensor:
+        """The labels with the priors' part, where that was kept."""
+        return self.forces if self.prior_forces is None else self.forces + self.prior_forces
 
     def to(self, device: torch.device) -> Batch:
         """On another device."""
@@ -99,9 +107,9 @@ class FrameGroup:
     """Tensors of molecules of as many beads bonded alike, one molecule after the other: N frames, R probes in all.
 
     ``members`` are the molecules' places among all; ``positions``, ``forces`` (N, B, 3); ``probes``, ``hvps``,
-    ``covariances`` (R, B, 3); ``whitening`` (N, 3B, 3B) or None; ``species`` (M, B) and ``own_share`` (M,) of each
-    molecule; ``first_frame``, ``n_frames``, ``first_probe``, ``n_probes`` (M,), where its rows begin and how many it
-    has, of the last for each frame.
+    ``covariances`` (R, B, 3); ``whitening`` (N, 3B, 3B) and ``prior_forces`` (N, B, 3), or None; ``species`` (M, B) and
+    ``own_share`` (M,) of each molecule; ``first_frame``, ``n_frames``, ``first_probe``, ``n_probes`` (M,), where its
+    rows begin and how many it has, of the last for each frame.
     """
 
     members: tuple[int, ...]
@@ -111,6 +119,7 @@ class FrameGroup:
     hvps: Tensor
     covariances: Tensor
     whitening: Tensor | None
+    prior_forces: Tensor | None
     species: Tensor
     bonded: Bonded
     own_share: Tensor
@@ -126,6 +135,7 @@ class FrameGroup:
         sizes: Sequence[MoleculeSize],
         *,
         whitened: bool = False,
+        keeps_prior_forces: bool = False,
         storage: Storage | None = None,
     ) -> FrameGroup:
         """Room for the molecules ``members`` of all ``sizes``: zeros, and an own share of one; in memory by default."""
@@ -143,6 +153,7 @@ class FrameGroup:
             storage.allocate(f"{prefix}hvps", (n_rows, n_beads, 3)),
             storage.allocate(f"{prefix}covariances", (n_rows, n_beads, 3)),
             storage.allocate(f"{prefix}whitening", (n, 3 * n_beads, 3 * n_beads)) if whitened else None,
+            storage.allocate(f"{prefix}prior_forces", (n, n_beads, 3)) if keeps_prior_forces else None,
             torch.stack([s.species for s in own]),
             own[0].bonded,
             torch.ones(len(own), dtype=torch.float64),
@@ -168,6 +179,7 @@ class FrameGroup:
             covariances,
             float(self.own_share[index]),
             None if self.whitening is None else self.whitening[rows],
+            None if self.prior_forces is None else self.prior_forces[rows],
         )
 
     def gather(
@@ -192,6 +204,7 @@ class FrameGroup:
             storage.gather(self.covariances, columns),
             self.own_share[torch.from_numpy(molecules)],
             None if self.whitening is None else storage.gather(self.whitening, rows),
+            None if self.prior_forces is None else storage.gather(self.prior_forces, rows),
             weight,
         )
 

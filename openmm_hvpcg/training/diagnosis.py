@@ -253,6 +253,12 @@ def describe_weights(settings: TrainingSettings, hvp_weight: float, own_shares: 
                 " bias of their targets is of second order in the force error, so that forces come first."
             )
         lines += [_describe_covariance(name, share, settings) for name, share in own_shares.items()]
+    if settings.density is not None:
+        lines.append(
+            "Of the mean forces, shares of"
+            f" {settings.density.beads:g} (network of the beads) and {settings.density.torsions:g} (of the dihedrals)"
+            " are learnt from the density of the frames, the rest from projected forces."
+        )
     if settings.whiten == "noise":
         lines.append(
             "Residuals count by the noise of their direction (whiten: noise), so that stiff ones do not drown."

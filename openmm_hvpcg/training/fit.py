@@ -198,7 +198,7 @@ def _judge(
     ``course`` is how the training went, for the metrics.
     """
     hvp_weight = get_hvp_weight(training, prepared)
-    share = choose_network_share(network, prepared, training.force_weight, hvp_weight)
+    share = choose_network_share(network, prepared, training.force_weight, hvp_weight, training.density)
     scale_energy(network, share)
     metrics = evaluate_network(network, prepared, datasets)
     metrics |= {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import torch
 from torch import Tensor
 
-from openmm_hvpcg.config import TrainingSettings
+from openmm_hvpcg.config import DensitySettings, TrainingSettings
 from openmm_hvpcg.training.batches import Batch, BatchSampler, FrameBatches
 from openmm_hvpcg.training.derivatives import (
     EnergyFunction,
@@ -18,8 +18,8 @@ from openmm_hvpcg.training.derivatives import (
     compute_forces,
     compute_forces_and_hvps,
 )
-from openmm_hvpcg.training.losses import force_loss, hvp_loss
-from openmm_hvpcg.training.models.torsions import bind_network
+from openmm_hvpcg.training.losses import density_loss, force_loss, hvp_loss
+from openmm_hvpcg.training.models.torsions import Bonded, bind_network, bind_parts
 from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared, apply_pooled
 
 #: Times a training pools the covariances of the HVP target anew.
@@ -27,6 +27,26 @@ POOLINGS = 10
 #: Cosine schedule: steps to reach the full learning rate, and the share of it that is left at the end.
 WARMUP_STEPS = 50
 FINAL_RATE = 1e-3
+
+
+class Losses(NamedTuple):
+    """Terms of the loss, each divided by what the priors leave of it; None where it is not asked for."""
+
+    force: Tensor
+    hvp: Tensor | None
+    density: Tensor | None
+
+
+def list_density_parts(
+    network: torch.nn.Module, species: Tensor, bonded: Bonded, shares: DensitySettings
+) -> list[tuple[EnergyFunction, float]]:
+    """Parts of the network, and what share of the density term each has: one where all have the same."""
+    beads, torsions = bind_parts(network, species, bonded)
+    if torsions is None:
+        return [(beads, shares.beads)]
+    if shares.beads == shares.torsions:
+        return [(bind_network(network, species, bonded), shares.beads)]
+    return [(beads, shares.beads), (torsions, shares.torsions)]
 
 
 def get_hvp_weight(settings: TrainingSettings, prepared: Prepared) -> float:
@@ -53,29 +73,53 @@ class MatchingModule(lightning.LightningModule):
         self._method: HVPMethod | None = None
         self._schedule_state: dict[str, Any] | None = None
 
-    def compute_losses(self, batch: Batch, with_hvps: bool, create_graph: bool) -> tuple[Tensor, Tensor | None]:
-        """Normalised force and HVP terms (see :mod:`openmm_hvpcg.training.losses`)."""
-        energy = bind_network(self.network, batch.species, batch.bonded)
-        if not with_hvps:
-            forces = compute_forces(energy, batch.positions, create_graph)
-            return force_loss(forces, batch.forces, self.scales, batch.whitening), None
-        method = self._choose_method(energy, batch)
-        forces, hvps = compute_forces_and_hvps(energy, batch.positions, batch.probes, create_graph, method)
-        residual = batch.forces - forces
-        return (
-            force_loss(forces, batch.forces, self.scales, batch.whitening),
-            hvp_loss(
-                hvps,
-                batch.hvps,
-                residual,
-                batch.probes,
-                self.beta,
-                self.scales,
-                batch.covariances,
-                batch.own_share,
-                batch.whitening,
-            ),
+    def compute_losses(self, batch: Batch, with_hvps: bool, create_graph: bool) -> Losses:
+        """Normalised terms (see :mod:`openmm_hvpcg.training.losses`)."""
+        if self.settings.density is not None:
+            forces, hvps, density = self._compute_with_density(batch, self.settings.density, with_hvps, create_graph)
+        else:
+            energy = bind_network(self.network, batch.species, batch.bonded)
+            forces, hvps = self._differentiate(energy, batch, with_hvps, create_graph)
+            density = None
+        force = force_loss(forces, batch.forces, self.scales, batch.whitening)
+        if not with_hvps or hvps is None:
+            return Losses(force, None, density)
+        hvp = hvp_loss(
+            hvps,
+            batch.hvps,
+            batch.forces - forces,
+            batch.probes,
+            self.beta,
+            self.scales,
+            batch.covariances,
+            batch.own_share,
+            batch.whitening,
         )
+        return Losses(force, hvp, density)
+
+    def _compute_with_density(
+        self, batch: Batch, shares: DensitySettings, with_hvps: bool, create_graph: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Forces and HVPs of the whole network, and the density term of its parts, each with its share."""
+        labels = batch.projected_forces
+        forces, hvps = torch.zeros_like(labels), torch.zeros_like(batch.probes)
+        density = torch.zeros((), device=labels.device)
+        for energy, share in list_density_parts(self.network, batch.species, batch.bonded, shares):
+            part, products = self._differentiate(energy, batch, with_hvps or share > 0, create_graph)
+            forces = forces + part
+            if products is not None:
+                hvps = hvps + products
+                density = density + share * density_loss(part, labels, products, batch.probes, self.beta, self.scales)
+        return forces, hvps if with_hvps else None, density
+
+    def _differentiate(
+        self, energy: EnergyFunction, batch: Batch, with_hvps: bool, create_graph: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Forces and, where they are wanted, HVPs."""
+        if not with_hvps:
+            return compute_forces(energy, batch.positions, create_graph), None
+        method = self._choose_method(energy, batch)
+        return compute_forces_and_hvps(energy, batch.positions, batch.probes, create_graph, method)
 
     def _choose_method(self, energy: EnergyFunction, batch: Batch) -> HVPMethod:
         """Measured once on a GPU and kept in the checkpoint; on a CPU double backward always won."""
@@ -88,9 +132,11 @@ class MatchingModule(lightning.LightningModule):
         self._method = method
         return method
 
-    def combine(self, force: Tensor, hvp: Tensor | None) -> Tensor:
+    def combine(self, losses: Losses) -> Tensor:
+        """The loss. The density term is part of that of the forces."""
+        force = losses.force if losses.density is None else losses.force + losses.density
         loss = self.settings.force_weight * force
-        return loss if hvp is None else loss + self.hvp_weight * hvp
+        return loss if losses.hvp is None else loss + self.hvp_weight * losses.hvp
 
     @property
     def is_shared(self) -> bool:
@@ -156,7 +202,7 @@ class MatchingModule(lightning.LightningModule):
         self._set_rate(self.current_epoch * self._n_steps + k)
         self._optimizer.zero_grad()
         with_hvps = self.hvp_weight > 0 and self.current_epoch >= self.first_hvp_epoch
-        loss = self.combine(*self.compute_losses(batch, with_hvps, create_graph=True))
+        loss = self.combine(self.compute_losses(batch, with_hvps, create_graph=True))
         self._step_back(loss * batch.weight)
         # The last one through Lightning, which saves no checkpoint where it has counted no step.
         (self._optimizer if k < self._n_steps - 1 else self.optimizers()).step()  # type: ignore[union-attr]
@@ -178,8 +224,8 @@ class MatchingModule(lightning.LightningModule):
         return len(batch.positions) * self.trainer.world_size if batch.weight > 0 else 0
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        force, hvp = self.compute_losses(batch, True, create_graph=False)
-        values = {"val_force": force, "val_hvp": hvp, "val_loss": self.combine(force, hvp)}
+        losses = self.compute_losses(batch, True, create_graph=False)
+        values = {"val_force": losses.force, "val_hvp": losses.hvp, "val_loss": self.combine(losses)}
         self.log_dict(values, batch_size=self._count_frames(batch), sync_dist=self.is_shared)  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -28,6 +28,7 @@ from openmm_hvpcg.training.covariance import PooledCovariance, count_soft_featur
 from openmm_hvpcg.training.dataset import LabelledFrames, split_by_time_blocks
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.fit_priors import fit_priors
+from openmm_hvpcg.training.labels.probes import ProbeLaw
 from openmm_hvpcg.training.losses import LossScales, compute_hvp_target, whiten
 from openmm_hvpcg.training.models.torsions import Bonded
 from openmm_hvpcg.training.models.total import TotalEnergy
@@ -108,6 +109,9 @@ def prepare(
     if len(temperatures) > 1:
         raise DataError("datasets of different temperatures cannot train one potential", got=sorted(temperatures))
     temperature = temperatures.pop()
+    if training.density is not None:
+        for dataset in datasets:
+            _check_density(dataset)
     splits = [
         split_by_time_blocks(d.walker, training.validation_fraction, training.validation_blocks) for d in datasets
     ]
@@ -146,6 +150,26 @@ def prepare(
         pooled,
         storage,
     )
+
+
+def _check_density(dataset: LabelledFrames) -> None:
+    """Whether the loss can take the density of the frames: they have to be distributed as the ensemble is."""
+    law = ProbeLaw.from_attributes(dataset.attributes)
+    if not law.is_isotropic:
+        raise DataError(
+            "training.density takes traces of Hessians, which soft probes do not give",
+            where=dataset.name,
+            expected="probes of the law rademacher or normal",
+            got=law.name,
+            hint="label again, or leave training.density out",
+        )
+    choice = dataset.attributes.get("frames", {}).get("choice", {})
+    if choice.get("kind") == "cluster":
+        raise DataError(
+            "training.density needs frames that are distributed as the ensemble is, and these were chosen by cluster",
+            where=dataset.name,
+            hint="take frames by time (trajectory_choice: time), or leave training.density out",
+        )
 
 
 def thin_rows(frames: NDArray[np.int64], n_values: int) -> NDArray[np.int64]:
@@ -301,7 +325,13 @@ def _allocate(
         for d in datasets
     ]
     groups = [
-        FrameGroup.allocate(members, sizes, whitened=settings.whiten == "noise", storage=storage)
+        FrameGroup.allocate(
+            members,
+            sizes,
+            whitened=settings.whiten == "noise",
+            keeps_prior_forces=settings.density is not None,
+            storage=storage,
+        )
         for members in group_molecules(sizes, mixed)
     ]
     molecules = {k: group.get_molecule(i) for group in groups for i, k in enumerate(group.members)}
@@ -321,6 +351,8 @@ def _remove_priors(dataset: LabelledFrames, spec: PotentialSpec, molecule: Molec
         f, h = compute_forces_and_hvps(total.prior_energies, positions.double(), probes.double())
         molecule.positions[rows], molecule.probes[rows] = positions, probes
         molecule.forces[rows] = (forces.double() - f).float()
+        if molecule.prior_forces is not None:
+            molecule.prior_forces[rows] = f.float()
         molecule.hvps[rows] = (hvps.double() - h).float()
         storage.release()
 

@@ -70,6 +70,7 @@ def count_bytes(dataset: LabelledFrames, settings: TrainingSettings) -> int:
     """Size of the training tensors of a dataset."""
     n = 3 * dataset.bead_map.n_beads
     per_frame = 2 * n + 3 * n * dataset.n_probes + (n * n if settings.whiten == "noise" else 0)
+    per_frame += n if settings.density is not None else 0
     return 4 * per_frame * dataset.n_frames
 
 
@@ -188,7 +189,10 @@ def save_prepared(prepared: Prepared, folder: Path) -> None:
             (len(m.positions), m.probes.shape[1], m.species.tolist(), [rows.tolist() for rows in m.bonded])
             for m in prepared.molecules
         ],
-        "groups": [(g.members, g.whitening is not None, g.own_share.tolist()) for g in prepared.groups],
+        "groups": [
+            (g.members, g.whitening is not None, g.prior_forces is not None, g.own_share.tolist())
+            for g in prepared.groups
+        ],
     }
     write_json(folder / "prepared.json", content)
 
@@ -206,8 +210,10 @@ def load_prepared(folder: Path) -> Prepared:
         for n, p, species, bonded in content["sizes"]
     ]
     groups = []
-    for members, whitened, own_share in content["groups"]:
-        group = FrameGroup.allocate(members, sizes, whitened=whitened, storage=storage)
+    for members, whitened, keeps_prior_forces, own_share in content["groups"]:
+        group = FrameGroup.allocate(
+            members, sizes, whitened=whitened, keeps_prior_forces=keeps_prior_forces, storage=storage
+        )
         groups.append(replace(group, own_share=torch.tensor(own_share, dtype=torch.float64)))
     molecules = {k: group.get_molecule(i) for group in groups for i, k in enumerate(group.members)}
     training, validation = (

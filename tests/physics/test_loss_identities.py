@@ -14,7 +14,14 @@ from openmm_hvpcg.config import ModelSettings
 from openmm_hvpcg.training.derivatives import compute_forces, compute_forces_and_hvps
 from openmm_hvpcg.training.labels.hvp import compute_projected_hvps
 from openmm_hvpcg.training.labels.oracle import ForceOracle
-from openmm_hvpcg.training.losses import LossScales, compute_hvp_target, force_loss, hvp_loss
+from openmm_hvpcg.training.losses import (
+    LossScales,
+    compute_density_excess,
+    compute_hvp_target,
+    density_loss,
+    force_loss,
+    hvp_loss,
+)
 from openmm_hvpcg.training.models.registry import build_base as build_schnet
 
 BETA = 0.4
@@ -203,3 +210,58 @@ def test_bias_is_second_order_in_the_force_error(ensemble, size):
     torch.testing.assert_close(ensemble.compute_bias(e), expected, rtol=1e-6, atol=1e-4)
     # A first-order term would be odd in e.
     torch.testing.assert_close(ensemble.compute_bias(-e), expected, rtol=1e-6, atol=1e-4)
+
+
+#: Beads that each move in a quadratic well of their own, kJ/mol/nm^2, around these places.
+WELL = 2000.0
+PLACES = torch.tensor([[0.0, 0.0, 0.0], [0.2, 0.0, 0.0], [0.1, 0.2, 0.05]], dtype=torch.float64)
+
+
+def draw_from_wells(n_frames: int, heat: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Positions with density exp(-W / heat kT), exactly, and their mean forces -grad W."""
+    rng = np.random.default_rng(7)
+    moved = torch.from_numpy(rng.standard_normal((n_frames, 3, 3))) * (heat / BETA / WELL) ** 0.5
+    return PLACES + moved, -WELL * moved
+
+
+def test_density_and_forces_tell_the_same():
+    """``< F . q > = kT < lap U >`` for a network that has nothing to do with the ensemble, with noise on the forces.
+
+    z-test of one mean over 20,000 frames at 4.5 standard errors: false-alarm rate below 1e-5.
+    """
+    _, energy = build_energy(3)
+    rng = np.random.default_rng(8)
+
+    def measure(heat: float) -> float:
+        x, mean_force = draw_from_wells(20000, heat)
+        q = mean_force + 50.0 * torch.from_numpy(rng.standard_normal(x.shape))
+        v = torch.from_numpy(2.0 * rng.integers(0, 2, (len(x), 2, 3, 3)) - 1.0)
+        forces, hvps = compute_forces_and_hvps(energy, x, v)
+        excess = compute_density_excess(forces, q, hvps, v, BETA)
+        assert float(density_loss(forces, q, hvps, v, BETA, SCALES)) == pytest.approx(
+            2.0 * float(excess.mean()) / 9 / SCALES.force
+        )
+        return float(excess.mean() / excess.std()) * len(x) ** 0.5
+
+    assert abs(measure(1.0)) < 4.5
+    # Frames of an ensemble of half as much heat again are no such frames, and the term shows it.
+    assert abs(measure(1.5)) > 9.0
+
+
+def test_density_alone_finds_the_stiffness():
+    """Labels of zero force, all of the cross term from the density: the loss is least at the wells' stiffness.
+
+    It is a parabola in the stiffness t, ``t^2 a - 2 t b`` with ``b`` exact: least at ``b / a``, where ``a`` is a mean
+    of 180,000 squares, right to ``sqrt(2 / 180,000)`` = 0.3 %; 4.5 of that are 1.5 % (false alarms below 1e-5).
+    """
+    x, mean_force = draw_from_wells(20000)
+    v = torch.ones(len(x), 1, 3, 3, dtype=torch.float64)
+    zero = torch.zeros_like(x)
+
+    def loss(stiffness: float) -> float:
+        forces = mean_force * (stiffness / WELL)
+        return float(force_loss(forces, zero, SCALES) + density_loss(forces, zero, stiffness * v, v, BETA, SCALES))
+
+    low, middle, high = (loss(k) for k in (0.0, WELL, 2 * WELL))
+    least = WELL * (1.0 + 0.5 * (low - high) / (low + high - 2.0 * middle))
+    assert least == pytest.approx(WELL, rel=0.015)

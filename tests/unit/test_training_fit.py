@@ -16,7 +16,7 @@ import pytest
 import torch
 from training_cases import KT, NO_PRIORS, REST, build_labels
 
-from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
+from openmm_hvpcg.config import DensitySettings, ModelSettings, PriorSettings, TrainingSettings
 from openmm_hvpcg.errors import DataError, PotentialError, StudyError
 from openmm_hvpcg.potential import load_potential, save_potential
 from openmm_hvpcg.training import fit as fit_module
@@ -26,8 +26,8 @@ from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.evaluation import choose_network_share
 from openmm_hvpcg.training.export import export_potential, script_potential
 from openmm_hvpcg.training.fit import fit_potential, load_fit
-from openmm_hvpcg.training.losses import compute_hvp_target, force_loss, hvp_loss
-from openmm_hvpcg.training.matching import MatchingModule
+from openmm_hvpcg.training.losses import compute_hvp_target, density_loss, force_loss, hvp_loss
+from openmm_hvpcg.training.matching import MatchingModule, list_density_parts
 from openmm_hvpcg.training.models.registry import build_network, scale_energy
 from openmm_hvpcg.training.models.torsions import Bonded, bind_network
 from openmm_hvpcg.training.models.total import TotalEnergy
@@ -178,10 +178,10 @@ def build_two(settings=SETTINGS, mixed=True) -> Prepared:
 
 
 @pytest.mark.parametrize("kind", ["schnet", "painn"])
-@pytest.mark.parametrize("whitening", ["none", "noise"])
-def test_mixed_batch_has_the_mean_loss_of_its_molecules(kind, whitening):
+@pytest.mark.parametrize("changed", [{}, {"whiten": "noise"}, {"density": DensitySettings()}], ids=str)
+def test_mixed_batch_has_the_mean_loss_of_its_molecules(kind, changed):
     """The losses, and their gradients by the weights, of one batch of 3 and 5 frames and of one batch for each."""
-    settings = change(whiten=whitening, covariance="pooled")
+    settings = change(covariance="pooled", **changed)
     prepared = build_two(settings)
     assert prepared.molecules[0].own_share != prepared.molecules[1].own_share
     torch.manual_seed(2)
@@ -194,13 +194,20 @@ def test_mixed_batch_has_the_mean_loss_of_its_molecules(kind, whitening):
     molecules, frames = np.repeat([1, 0], [3, 5]), np.array([70, 2, 30, 4, 60, 61, 9, 33])
     probes = np.array([[1], [0], [0], [2], [1], [0], [2], [1]])
 
-    def compute(rows: slice) -> tuple[float, float, torch.Tensor]:
+    def compute(rows: slice) -> tuple[float, float, float, torch.Tensor]:
         batch = batches[BatchIndex(molecules[rows], frames[rows], probes[rows])]
         assert batch.species.shape == (len(batch.positions), 5)
-        force, hvp = module.compute_losses(batch, True, create_graph=True)
+        losses = module.compute_losses(batch, True, create_graph=True)
         weights = [p for p in network.parameters() if all(p is not layer.bias for layer in last)]
-        gradients = torch.autograd.grad(module.combine(force, hvp), weights, allow_unused=True)
-        return force.item(), hvp.item(), torch.cat([g.flatten() for g in gradients if g is not None])
+        gradients = torch.autograd.grad(module.combine(losses), weights, allow_unused=True)
+        density = 0.0 if losses.density is None else losses.density.item()
+        assert (density != 0.0) == ("density" in changed)
+        return (
+            losses.force.item(),
+            losses.hvp.item(),
+            density,
+            torch.cat([g.flatten() for g in gradients if g is not None]),
+        )
 
     both, first, second = (compute(rows) for rows in (slice(8), slice(3), slice(3, 8)))
     for whole, a, b in zip(both, first, second, strict=True):
@@ -210,8 +217,8 @@ def test_mixed_batch_has_the_mean_loss_of_its_molecules(kind, whitening):
     alone = FrameBatches(build_two(settings, mixed=False).groups)
     batch = alone[BatchIndex(molecules[:3], frames[:3], probes[:3])]
     assert batch.species.shape == (5,)
-    force, hvp = module.compute_losses(batch, True, create_graph=False)
-    assert (float(force), float(hvp)) == pytest.approx(first[:2], rel=1e-5)
+    losses = module.compute_losses(batch, True, create_graph=False)
+    assert (float(losses.force), float(losses.hvp)) == pytest.approx(first[:2], rel=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "mixed"), [("painn", True), ("my_network:MyNetwork", False)])
@@ -254,6 +261,32 @@ def test_unusable_data_are_refused(tmp_path):
         train(tmp_path, n_frames=20)
     with pytest.raises(DataError, match="no finished training"):
         load_fit(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"probe_law": "soft"}, "mol: training.density takes traces .* expected probes of the law rademacher"),
+        ({"frames": {"choice": {"kind": "cluster"}}}, "mol: training.density needs frames that are distributed"),
+    ],
+)
+def test_density_of_what_is_no_ensemble_is_refused(tmp_path, attributes, message):
+    data = replace(build_labels(100), attributes=attributes)
+    with pytest.raises(DataError, match=message):
+        fit_potential([data], change(density=DensitySettings()), MODEL, PRIORS, tmp_path, progress=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_density_takes_part_in_the_training(tmp_path):
+    """By the share of each network, in the loss that is trained on and validated with."""
+    shares = [None, DensitySettings(beads=0.0, torsions=0.0), DensitySettings(beads=0.5, torsions=0.9)]
+    settings = [change(hvp_weight=0.0, max_epochs=3, density=share) for share in shares]
+    plain, nothing, dense = (train(tmp_path / str(k), s, force_noise=100.0) for k, s in enumerate(settings))
+    # Parts are summed in another order.
+    for key in ("train_loss", "val_loss"):
+        assert nothing.curves[-1][key] == pytest.approx(plain.curves[-1][key], rel=1e-4)
+        assert abs(dense.curves[-1][key] / plain.curves[-1][key] - 1.0) > 1e-3
+    assert any("shares of 0.5" in line for line in dense.metrics["diagnosis"]["weights"])
 
 
 def test_damaged_result_is_named(trained, tmp_path):
@@ -587,14 +620,17 @@ def noisy(tmp_path_factory):
 
 @pytest.mark.parametrize("factor", [1.0, 30.0], ids=["as trained", "overdone"])
 @pytest.mark.parametrize(
-    "settings", [{"covariance": "frame"}, {"covariance": "pooled"}, {"whiten": "noise"}], ids=lambda s: str(*s.values())
+    "settings",
+    [{"covariance": "frame"}, {"covariance": "pooled"}, {"whiten": "noise"}, {"density": DensitySettings()}],
+    ids=lambda s: str(*s.values()),
 )
 def test_network_share_is_best_on_held_out_frames(noisy, settings, factor):
     """No other share is better, so that none of it, the priors alone, is not: HVP targets as of the whole network."""
     prepared = prepare_labels(build_labels(**NOISE), change(**settings))
     network = copy.deepcopy(noisy[3])
     scale_energy(network, factor)
-    share = choose_network_share(network, prepared, 1.0, 2.0)
+    density = settings.get("density")
+    share = choose_network_share(network, prepared, 1.0, 2.0, density)
     assert 0.0 <= share <= 1.0
     m, rows, scales = prepared.molecules[0], torch.from_numpy(prepared.validation[0]), prepared.scales
     x, q, v, p, covariances = (getattr(m, n)[rows] for n in ("positions", "forces", "probes", "hvps", "covariances"))
@@ -603,7 +639,13 @@ def test_network_share_is_best_on_held_out_frames(noisy, settings, factor):
 
     def compute_loss(share: float) -> float:
         second = hvp_loss(share * h, p, q - f, v, prepared.beta, scales, covariances, m.own_share, white)
-        return float(force_loss(share * f, q, scales, white) + 2.0 * second)
+        first = force_loss(share * f, q, scales, white)
+        if density is not None:
+            labels = q + m.prior_forces[rows]
+            for energy, weight in list_density_parts(network, m.species, m.bonded, density):
+                part, products = compute_forces_and_hvps(energy, x, v)
+                first += weight * density_loss(share * part, labels, share * products, v, prepared.beta, scales)
+        return float(first + 2.0 * second)
 
     # Float32 sums.
     assert compute_loss(share) <= min(compute_loss(s) for s in np.linspace(0.0, 1.0, 21)) * (1 + 1e-6)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from training_cases import build_labels
 
-from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
+from openmm_hvpcg.config import DensitySettings, ModelSettings, PriorSettings, TrainingSettings
 from openmm_hvpcg.errors import BackendError
 from openmm_hvpcg.training import fit as fit_module
 from openmm_hvpcg.training import processes as processes_module
@@ -132,10 +132,10 @@ def test_more_devices_than_there_are_is_an_error(tmp_path, monkeypatch):
         train(tmp_path, TWO.model_copy(update={"accelerator": "auto"}))
 
 
-@pytest.mark.parametrize("whitening", ["none", "noise"])
-def test_workers_have_the_same_batches(tmp_path, whitening):
+@pytest.mark.parametrize("changed", [{}, {"whiten": "noise"}, {"density": DensitySettings()}], ids=str)
+def test_workers_have_the_same_batches(tmp_path, changed):
     storage = Scratch(tmp_path / "scratch")
-    settings = SETTINGS.model_copy(update={"whiten": whitening})
+    settings = SETTINGS.model_copy(update=changed)
     first = prepare(build_data(), settings, MODEL, PriorSettings(), {}, storage=storage)
     save_prepared(first, storage.folder)
     second = load_prepared(storage.folder)
@@ -152,6 +152,7 @@ def test_workers_have_the_same_batches(tmp_path, whitening):
         a, b = (FrameBatches(p.groups)[index] for p in (first, second))
         assert a.weight == b.weight
         assert torch.equal(a.own_share, b.own_share)
-        assert (a.whitening is None) == (b.whitening is None) == (whitening == "none")
+        assert (a.whitening is None) == (b.whitening is None) == ("whiten" not in changed)
+        assert (a.prior_forces is None) == (b.prior_forces is None) == ("density" not in changed)
         for x, y in zip(a, b, strict=True):
             assert not isinstance(x, torch.Tensor) or torch.equal(x, y)

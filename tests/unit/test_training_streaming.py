@@ -12,7 +12,7 @@ import torch
 import zarr
 from training_cases import TEMPERATURE, build_labels
 
-from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
+from openmm_hvpcg.config import DensitySettings, ModelSettings, PriorSettings, TrainingSettings
 from openmm_hvpcg.errors import DataError, StorageError
 from openmm_hvpcg.storage import compute_hash, split_rows
 from openmm_hvpcg.training import preparation as preparation_module
@@ -149,7 +149,15 @@ def train(folder: Path, settings: TrainingSettings, *data: LabelledFrames) -> Fi
 
 
 @pytest.mark.parametrize(
-    "settings", [{"covariance": "pooled"}, {"whiten": "noise"}, {"n_samples": 5}, {"hvp_weight": 0.0}], ids=str
+    "settings",
+    [
+        {"covariance": "pooled"},
+        {"whiten": "noise"},
+        {"n_samples": 5},
+        {"hvp_weight": 0.0},
+        {"density": DensitySettings()},
+    ],
+    ids=str,
 )
 def test_streamed_training_is_the_same_to_the_bit(tmp_path, monkeypatch, settings):
     """Labels from zarr stores by way of scratch files; sums in parts of some frames, in both."""
