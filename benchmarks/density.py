@@ -1,0 +1,141 @@
+"""How much the density of the frames tells of the mean force beside projected forces, and beside Hessian labels.
+
+Add ``c phi(R)`` to the energy of a trained potential: which c is best? For c near zero each kind of label gives an
+estimate, a mean over frames divided by a constant:
+
+- forces: ``< grad phi . (F - q) > / < |grad phi|^2 >``;
+- density: ``< grad phi . F + kT lap phi > / < |grad phi|^2 >`` (by parts, see ``density_loss``);
+- HVPs: ``< (grad grad phi) v . (t(v) - (grad grad U) v) > / < |(grad grad phi) v|^2 >``, each
+  frame's own covariance in t.
+
+How far each scatters is seen from its means over walkers, which know nothing of each other: what frames of one walker
+share is in it. Of the combination that scatters least, each one's share.
+
+    python benchmarks/density.py FIT [--out benchmarks/results/density.json]
+
+FIT is the folder of a finished training of ``protocols/unseen_peptides``, the frames are those in its data; one minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
+from openmm_hvpcg.training.fit import FitResult, load_fit
+from openmm_hvpcg.training.losses import compute_hvp_target
+from openmm_hvpcg.training.models.priors import dihedral_angle
+from openmm_hvpcg.training.models.torsions import Bonded, bind_network
+from openmm_hvpcg.training.models.total import TotalEnergy
+from openmm_hvpcg.units import compute_kt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "protocols" / "unseen_peptides"))
+from peptides import LABELS, LabelledFrames, load_labels
+
+DATA = Path(__file__).resolve().parents[1] / "data" / "unseen_peptides"
+#: Peptides with at least so many beads: those with distances of beads four apart.
+MIN_BEADS = 6
+NARROW_NM = 0.03
+SOURCES = ("forces", "density", "hvps")
+Function = Callable[[Tensor], Tensor]
+
+
+def list_functions(positions: Tensor, bonded: Bonded) -> Iterator[tuple[str, Function]]:
+    """Functions (F,) of positions (F, B, 3): of every dihedral, bond and distance, by kind."""
+    for row in bonded.torsions:
+        for n in (1, 2, 3):
+            yield f"cos {n} dihedral", lambda x, row=row, n=n: torch.cos(n * dihedral_angle(x, row[None])[:, 0])
+            yield f"sin {n} dihedral", lambda x, row=row, n=n: torch.sin(n * dihedral_angle(x, row[None])[:, 0])
+    n_beads = positions.shape[1]
+    for apart in (1, 2, 3, 4):
+        for i in range(n_beads - apart):
+            r = (positions[:, i + apart] - positions[:, i]).norm(dim=-1)
+            mean, spread = float(r.mean()), float(r.std())
+            distance = lambda x, i=i, j=i + apart: (x[:, j] - x[:, i]).norm(dim=-1)  # noqa: E731
+            if apart == 1:
+                yield "bond, square", lambda x, d=distance, m=mean: (d(x) - m) ** 2
+                continue
+            for name, width in (("its spread", spread), (f"{NARROW_NM} nm", NARROW_NM)):
+                yield (
+                    f"distance of beads {apart} apart, bump of {name}",
+                    lambda x, d=distance, m=mean, w=width: torch.exp(-0.5 * ((d(x) - m) / w) ** 2),
+                )
+
+
+def estimate(data: LabelledFrames, fit: FitResult) -> Iterator[tuple[str, NDArray[np.float64]]]:
+    """For each function its estimates (3, W) by the frames of each walker."""
+    x, q, v, p = (torch.from_numpy(a).double() for a in (data.positions, data.forces, data.probes, data.hvps))
+    priors = TotalEnergy(torch.nn.Identity(), replace(fit.spec, bead_map=data.bead_map)).double()
+    species, bonded = torch.from_numpy(fit.spec.compute_species_index(data.bead_map)), Bonded.find(data.bead_map)
+    network = bind_network(fit.network.double(), species, bonded)
+    forces, hvps = compute_forces_and_hvps(lambda y: network(y) + priors.prior_energies(y), x, v)
+    kt = compute_kt(data.temperature_K)
+    missing = compute_hvp_target(p, q - forces, v, 1.0 / kt) - hvps
+    walkers = [torch.from_numpy(data.walker == k) for k in np.unique(data.walker)]
+    for name, function in list_functions(x, bonded):
+        slope, products = compute_forces_and_hvps(function, x, v)
+        slope, laplacian = -slope, (products * v).sum((-1, -2)).mean(1)
+        size, curvature = (slope**2).sum((1, 2)).mean(), (products**2).sum((-1, -2)).mean()
+        values = torch.stack(
+            [
+                (slope * (forces - q)).sum((1, 2)) / size,
+                ((slope * forces).sum((1, 2)) + kt * laplacian) / size,
+                (products * missing).sum((-1, -2)).mean(1) / curvature,
+            ]
+        )
+        yield name, np.stack([values[:, rows].mean(1).numpy() for rows in walkers], axis=1)
+
+
+def combine(covariance: NDArray[np.float64], which: list[int]) -> tuple[float, NDArray[np.float64]]:
+    """Least variance of a combination of some estimates, and their shares."""
+    inverse = np.linalg.inv(covariance[np.ix_(which, which)])
+    return 1.0 / inverse.sum(), inverse.sum(axis=1) / inverse.sum()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fit", type=Path)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    fit = load_fit(arguments.fit)
+    found = defaultdict(list)
+    for data in load_labels(DATA / LABELS):
+        if data.bead_map.n_beads >= MIN_BEADS:
+            for name, values in estimate(data, fit):
+                found[name].append((np.cov(values) / values.shape[1], values.mean(axis=1)))
+    rows = {}
+    for name, estimates in found.items():
+        covariance, means = (np.mean(part, axis=0) for part in zip(*estimates, strict=True))
+        alone = covariance[0, 0]
+        least, shares = combine(covariance, [0, 1])
+        rows[name] = {
+            "functions": len(estimates),
+            **{f"error_{s}": float(f"{covariance[k, k] ** 0.5:.3g}") for k, s in enumerate(SOURCES)},
+            **{f"mean_{s}": float(f"{means[k]:.3g}") for k, s in enumerate(SOURCES)},
+            "density_share": round(float(shares[1]), 2),
+            "variance_with_density": round(least / alone, 2),
+            "variance_with_hvps": round(combine(covariance, [0, 2])[0] / alone, 3),
+            "variance_with_both": round(combine(covariance, [0, 1, 2])[0] / alone, 2),
+        }
+        print(name, *(f"{key} {value:g}" for key, value in rows[name].items()))
+    if arguments.out:
+        content = {
+            "command": "python benchmarks/density.py FIT",
+            "units": "kJ/mol (bond: kJ/mol/nm^2); variances over that of forces alone",
+            "rows": rows,
+        }
+        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
