@@ -4,12 +4,14 @@ Add ``c phi(R)`` to the energy of a trained potential: which c is best? For c ne
 estimate, a mean over frames divided by a constant:
 
 - forces: ``< grad phi . (F - q) > / < |grad phi|^2 >``;
-- density: ``< grad phi . F + kT lap phi > / < |grad phi|^2 >`` (by parts, see ``density_loss``);
+- density: ``< grad phi . F + kT lap phi > / < |grad phi|^2 >``, by parts;
+- density, forces along bonds: what ``training.density`` does (``openmm_hvpcg/training/density.py``);
 - HVPs: ``< (grad grad phi) v . (t(v) - (grad grad U) v) > / < |(grad grad phi) v|^2 >``, each
   frame's own covariance in t.
 
 How far each scatters is seen from its means over walkers, which know nothing of each other: what frames of one walker
-share is in it. Of the combination that scatters least, each one's share.
+share is in it. For combinations of forces and density the share of the latter and the variance, over that of forces
+alone, where it is least, and with HVPs.
 
     python benchmarks/density.py FIT [--out benchmarks/results/density.json]
 
@@ -31,9 +33,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from openmm_hvpcg.training.density import compute_density_labels, remove_bonds
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.fit import FitResult, load_fit
-from openmm_hvpcg.training.losses import compute_hvp_target
+from openmm_hvpcg.training.losses import compute_density_excess, compute_hvp_target
 from openmm_hvpcg.training.models.priors import dihedral_angle
 from openmm_hvpcg.training.models.torsions import Bonded, bind_network
 from openmm_hvpcg.training.models.total import TotalEnergy
@@ -46,7 +49,9 @@ DATA = Path(__file__).resolve().parents[1] / "data" / "unseen_peptides"
 #: Peptides with at least so many beads: those with distances of beads four apart.
 MIN_BEADS = 6
 NARROW_NM = 0.03
-SOURCES = ("forces", "density", "hvps")
+SOURCES = ("forces", "density", "density_but_along_bonds", "hvps")
+#: Estimates that are combined, forces first.
+COMBINATIONS = {"density": [0, 1], "density_but_along_bonds": [0, 2], "hvps": [0, 3], "all": [0, 2, 3]}
 Function = Callable[[Tensor], Tensor]
 
 
@@ -73,7 +78,7 @@ def list_functions(positions: Tensor, bonded: Bonded) -> Iterator[tuple[str, Fun
 
 
 def estimate(data: LabelledFrames, fit: FitResult) -> Iterator[tuple[str, NDArray[np.float64]]]:
-    """For each function its estimates (3, W) by the frames of each walker."""
+    """For each function its estimates (4, W), see ``SOURCES``, by the frames of each walker."""
     x, q, v, p = (torch.from_numpy(a).double() for a in (data.positions, data.forces, data.probes, data.hvps))
     priors = TotalEnergy(torch.nn.Identity(), replace(fit.spec, bead_map=data.bead_map)).double()
     species, bonded = torch.from_numpy(fit.spec.compute_species_index(data.bead_map)), Bonded.find(data.bead_map)
@@ -81,15 +86,19 @@ def estimate(data: LabelledFrames, fit: FitResult) -> Iterator[tuple[str, NDArra
     forces, hvps = compute_forces_and_hvps(lambda y: network(y) + priors.prior_energies(y), x, v)
     kt = compute_kt(data.temperature_K)
     missing = compute_hvp_target(p, q - forces, v, 1.0 / kt) - hvps
+    bonds = torch.from_numpy(data.bead_map.bonds).long()
+    labels = [compute_density_labels(x, forces, v, b, kt) for b in (bonds[:0], bonds)]
     walkers = [torch.from_numpy(data.walker == k) for k in np.unique(data.walker)]
     for name, function in list_functions(x, bonded):
         slope, products = compute_forces_and_hvps(function, x, v)
-        slope, laplacian = -slope, (products * v).sum((-1, -2)).mean(1)
         size, curvature = (slope**2).sum((1, 2)).mean(), (products**2).sum((-1, -2)).mean()
+        along_bonds = slope - remove_bonds(x, slope, bonds)
+        density, others = (-compute_density_excess(slope, products, *part, 1.0 / kt) for part in labels)
         values = torch.stack(
             [
-                (slope * (forces - q)).sum((1, 2)) / size,
-                ((slope * forces).sum((1, 2)) + kt * laplacian) / size,
+                -(slope * (forces - q)).sum((1, 2)) / size,
+                density / size,
+                (others - (along_bonds * (forces - q)).sum((1, 2))) / size,
                 (products * missing).sum((-1, -2)).mean(1) / curvature,
             ]
         )
@@ -97,8 +106,9 @@ def estimate(data: LabelledFrames, fit: FitResult) -> Iterator[tuple[str, NDArra
 
 
 def combine(covariance: NDArray[np.float64], which: list[int]) -> tuple[float, NDArray[np.float64]]:
-    """Least variance of a combination of some estimates, and their shares."""
-    inverse = np.linalg.inv(covariance[np.ix_(which, which)])
+    """Least variance of a combination of some estimates, and their shares: equal ones for those that are the same."""
+    chosen = covariance[np.ix_(which, which)]
+    inverse = np.linalg.inv(chosen + 1e-6 * np.diag(chosen.diagonal()))
     return 1.0 / inverse.sum(), inverse.sum(axis=1) / inverse.sum()
 
 
@@ -117,16 +127,15 @@ def main() -> None:
     for name, estimates in found.items():
         covariance, means = (np.mean(part, axis=0) for part in zip(*estimates, strict=True))
         alone = covariance[0, 0]
-        least, shares = combine(covariance, [0, 1])
         rows[name] = {
             "functions": len(estimates),
             **{f"error_{s}": float(f"{covariance[k, k] ** 0.5:.3g}") for k, s in enumerate(SOURCES)},
             **{f"mean_{s}": float(f"{means[k]:.3g}") for k, s in enumerate(SOURCES)},
-            "density_share": round(float(shares[1]), 2),
-            "variance_with_density": round(least / alone, 2),
-            "variance_with_hvps": round(combine(covariance, [0, 2])[0] / alone, 3),
-            "variance_with_both": round(combine(covariance, [0, 1, 2])[0] / alone, 2),
         }
+        for name_of, which in COMBINATIONS.items():
+            least, shares = combine(covariance, which)
+            rows[name][f"share_{name_of}"] = round(float(shares[1]), 2)
+            rows[name][f"variance_{name_of}"] = round(float(least / alone), 3)
         print(name, *(f"{key} {value:g}" for key, value in rows[name].items()))
     if arguments.out:
         content = {

@@ -393,16 +393,6 @@ class ArmSettings(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
 
 
-class DensitySettings(Settings):
-    """Mean forces from where the frames lie, beside projected forces.
-
-    The defaults scatter least for C-alpha beads (``benchmarks/density.py``).
-    """
-
-    beads: float = Field(0.4, ge=0, lt=1, description="share of it in what the network of the beads learns")
-    torsions: float = Field(0.8, ge=0, lt=1, description="share of it in what the network of the dihedrals learns")
-
-
 class TrainingSettings(Settings):
     """Force matching and Hessian matching."""
 
@@ -429,8 +419,12 @@ class TrainingSettings(Settings):
     whiten: Literal["none", "noise"] = Field(
         "none", description="noise: residuals count by the noise of their direction"
     )
-    density: DensitySettings | None = Field(
-        None, description="learn from the density of the frames too; they must be an equilibrium ensemble; null: don't"
+    density: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of what is learnt of mean forces, but along bonds, from the density of the frames instead of"
+        " from projected forces; they must be an equilibrium ensemble; about 0.9 for C-alpha beads",
     )
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
@@ -466,7 +460,7 @@ class TrainingSettings(Settings):
 
     @model_validator(mode="after")
     def _density_alone(self) -> TrainingSettings:
-        if self.density is not None and self.whiten != "none":
+        if self.density > 0 and self.whiten != "none":
             raise ValueError("density and whiten: noise exclude each other, choose one")
         return self
 
@@ -485,7 +479,7 @@ TRAINING_BEFORE: dict[str, Any] = {
     "covariance_frames": TrainingSettings.model_fields["covariance_frames"].default,
     "covariance_regions": TrainingSettings.model_fields["covariance_regions"].default,
     "whiten": "none",
-    "density": None,
+    "density": 0.0,
     "schedule": "plateau",
     "frames_per_molecule": None,
     "devices": 1,
@@ -618,7 +612,7 @@ class Protocol(Settings):
         chosen = next((m.name for m in self.molecules if m.input.trajectory_choice == "cluster"), None)
         for arm in self.training.arms:
             training, _ = resolve_arm(self, arm.name)
-            if training.density is not None and chosen is not None:
+            if training.density > 0 and chosen is not None:
                 raise ValueError(
                     f"arm {arm.name} learns from the density of the frames (training.density), and frames of molecule"
                     f" {chosen} chosen by cluster are not distributed as its ensemble is: choose them by time, or leave"

@@ -26,8 +26,8 @@ class MoleculeTensors:
 
     ``positions``, ``forces`` (T, B, 3); ``probes``, ``hvps``, ``covariances`` (T, P, B, 3), the last the covariance of
     forces times the probes, what of it is not taken from the residual of the day; ``own_share``, what is; ``species``
-    (B,); ``whitening`` (T, 3B, 3B) or None; ``prior_forces`` (T, B, 3), what was taken out of the forces, where the
-    loss asks for it, else None.
+    (B,); ``whitening`` (T, 3B, 3B) or None; ``density_forces`` (T, B, 3) and ``density_probes`` (T, P, B, 3), see
+    :mod:`openmm_hvpcg.training.density`, or None.
     """
 
     positions: Tensor
@@ -39,7 +39,8 @@ class MoleculeTensors:
     covariances: Tensor
     own_share: float = 1.0
     whitening: Tensor | None = None
-    prior_forces: Tensor | None = None
+    density_forces: Tensor | None = None
+    density_probes: Tensor | None = None
 
 
 class MoleculeSize(NamedTuple):
@@ -68,13 +69,9 @@ class Batch(NamedTuple):
     covariances: Tensor
     own_share: Tensor
     whitening: Tensor | None
-    prior_forces: Tensor | None
+    density_forces: Tensor | None
+    density_probes: Tensor | None
     weight: float = 1.0
-
-    @property
-    def projected_forces(self) -> Tensor:
-        """The labels with the priors' part, where that was kept."""
-        return self.forces if self.prior_forces is None else self.forces + self.prior_forces
 
     def to(self, device: torch.device) -> Batch:
         """On another device."""
@@ -107,9 +104,9 @@ class FrameGroup:
     """Tensors of molecules of as many beads bonded alike, one molecule after the other: N frames, R probes in all.
 
     ``members`` are the molecules' places among all; ``positions``, ``forces`` (N, B, 3); ``probes``, ``hvps``,
-    ``covariances`` (R, B, 3); ``whitening`` (N, 3B, 3B) and ``prior_forces`` (N, B, 3), or None; ``species`` (M, B) and
-    ``own_share`` (M,) of each molecule; ``first_frame``, ``n_frames``, ``first_probe``, ``n_probes`` (M,), where its
-    rows begin and how many it has, of the last for each frame.
+    ``covariances`` (R, B, 3); ``whitening`` (N, 3B, 3B), ``density_forces`` (N, B, 3) and ``density_probes`` (R, B, 3),
+    or None; ``species`` (M, B) and ``own_share`` (M,) of each molecule; ``first_frame``, ``n_frames``, ``first_probe``,
+    ``n_probes`` (M,), where its rows begin and how many it has, of the last for each frame.
     """
 
     members: tuple[int, ...]
@@ -119,7 +116,8 @@ class FrameGroup:
     hvps: Tensor
     covariances: Tensor
     whitening: Tensor | None
-    prior_forces: Tensor | None
+    density_forces: Tensor | None
+    density_probes: Tensor | None
     species: Tensor
     bonded: Bonded
     own_share: Tensor
@@ -135,7 +133,7 @@ class FrameGroup:
         sizes: Sequence[MoleculeSize],
         *,
         whitened: bool = False,
-        keeps_prior_forces: bool = False,
+        dense: bool = False,
         storage: Storage | None = None,
     ) -> FrameGroup:
         """Room for the molecules ``members`` of all ``sizes``: zeros, and an own share of one; in memory by default."""
@@ -153,7 +151,8 @@ class FrameGroup:
             storage.allocate(f"{prefix}hvps", (n_rows, n_beads, 3)),
             storage.allocate(f"{prefix}covariances", (n_rows, n_beads, 3)),
             storage.allocate(f"{prefix}whitening", (n, 3 * n_beads, 3 * n_beads)) if whitened else None,
-            storage.allocate(f"{prefix}prior_forces", (n, n_beads, 3)) if keeps_prior_forces else None,
+            storage.allocate(f"{prefix}density_forces", (n, n_beads, 3)) if dense else None,
+            storage.allocate(f"{prefix}density_probes", (n_rows, n_beads, 3)) if dense else None,
             torch.stack([s.species for s in own]),
             own[0].bonded,
             torch.ones(len(own), dtype=torch.float64),
@@ -167,8 +166,11 @@ class FrameGroup:
         """The ``index``-th member's tensors: views, so that what is written to them is in the group."""
         first, n, p = (int(a[index]) for a in (self.first_frame, self.n_frames, self.n_probes))
         rows, start = slice(first, first + n), int(self.first_probe[index])
-        per_probe = (a[start : start + n * p].unflatten(0, (n, p)) for a in (self.probes, self.hvps, self.covariances))
-        probes, hvps, covariances = per_probe
+
+        def split(tensor: Tensor) -> Tensor:
+            return tensor[start : start + n * p].unflatten(0, (n, p))
+
+        probes, hvps, covariances = (split(a) for a in (self.probes, self.hvps, self.covariances))
         return MoleculeTensors(
             self.positions[rows],
             self.forces[rows],
@@ -179,7 +181,8 @@ class FrameGroup:
             covariances,
             float(self.own_share[index]),
             None if self.whitening is None else self.whitening[rows],
-            None if self.prior_forces is None else self.prior_forces[rows],
+            None if self.density_forces is None else self.density_forces[rows],
+            None if self.density_probes is None else split(self.density_probes),
         )
 
     def gather(
@@ -204,7 +207,8 @@ class FrameGroup:
             storage.gather(self.covariances, columns),
             self.own_share[torch.from_numpy(molecules)],
             None if self.whitening is None else storage.gather(self.whitening, rows),
-            None if self.prior_forces is None else storage.gather(self.prior_forces, rows),
+            None if self.density_forces is None else storage.gather(self.density_forces, rows),
+            None if self.density_probes is None else storage.gather(self.density_probes, columns),
             weight,
         )
 

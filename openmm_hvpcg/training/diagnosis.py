@@ -253,11 +253,10 @@ def describe_weights(settings: TrainingSettings, hvp_weight: float, own_shares: 
                 " bias of their targets is of second order in the force error, so that forces come first."
             )
         lines += [_describe_covariance(name, share, settings) for name, share in own_shares.items()]
-    if settings.density is not None:
+    if settings.density > 0:
         lines.append(
-            "Of the mean forces, shares of"
-            f" {settings.density.beads:g} (network of the beads) and {settings.density.torsions:g} (of the dihedrals)"
-            " are learnt from the density of the frames, the rest from projected forces."
+            f"Mean forces are learnt to {100 * settings.density:.3g} % from the density of the frames, the rest from"
+            " projected forces; along bonds from forces alone."
         )
     if settings.whiten == "noise":
         lines.append(

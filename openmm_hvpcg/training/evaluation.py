@@ -11,13 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from openmm_hvpcg.config import DensitySettings
 from openmm_hvpcg.training.batches import MoleculeTensors
 from openmm_hvpcg.training.dataset import LabelledFrames
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.labels.probes import ProbeLaw
 from openmm_hvpcg.training.losses import compute_density_excess, compute_hvp_target, whiten
-from openmm_hvpcg.training.matching import list_density_parts
 from openmm_hvpcg.training.models.torsions import bind_network
 from openmm_hvpcg.training.noise import LabelNoise, choose_frames, estimate_noise
 from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared
@@ -54,7 +52,7 @@ def choose_network_share(
     prepared: Prepared,
     force_weight: float,
     hvp_weight: float,
-    density: DensitySettings | None = None,
+    density: float = 0.0,
 ) -> float:
     """Share of the network's energy, 0 to 1, with the least loss on the validation frames.
 
@@ -78,24 +76,11 @@ def choose_network_share(
                 found, aim = whiten(found, white).double(), whiten(aim, white).double()
                 along += weight * float((found * aim).sum())
                 square += weight * float((found**2).sum())
-            if density is not None:
-                along -= force_weight / prepared.scales.force * _sum_excess(network, m, rows, density, prepared.beta)
+            if m.density_forces is not None and m.density_probes is not None:
+                excess = compute_density_excess(f, h, m.density_forces[rows], m.density_probes[rows], prepared.beta)
+                along -= density * force_weight / prepared.scales.force * float(excess.double().sum())
             prepared.storage.release()
     return float(np.clip(along / square, 0.0, 1.0)) if square > 0 else 0.0
-
-
-def _sum_excess(
-    network: torch.nn.Module, molecule: MoleculeTensors, rows: Tensor, density: DensitySettings, beta: float
-) -> float:
-    """What the density of some frames takes off the work of the network's forces along the labels."""
-    labels, positions, probes = molecule.forces[rows], molecule.positions[rows], molecule.probes[rows]
-    if molecule.prior_forces is not None:
-        labels = labels + molecule.prior_forces[rows]
-    total = 0.0
-    for energy, share in list_density_parts(network, molecule.species, molecule.bonded, density):
-        f, h = compute_forces_and_hvps(energy, positions, probes)
-        total += share * float(compute_density_excess(f, labels, h, probes, beta).double().sum())
-    return total
 
 
 @dataclass(frozen=True)

@@ -87,37 +87,24 @@ def force_loss(forces: Tensor, projected_forces: Tensor, scales: LossScales, whi
     return (whiten(forces - projected_forces, whitening) ** 2).mean() / scales.force
 
 
-def density_loss(
-    forces: Tensor, projected_forces: Tensor, hvps: Tensor, probes: Tensor, beta: float, scales: LossScales
-) -> Tensor:
-    """What :func:`force_loss` changes by where the mean force is taken from the frames' density: zero on average.
-
-    Of ``|F - q|^2`` all that a network learns from is ``-2 F . q``. Frames R of an ensemble with density
-    ``rho ~ exp(-beta W)`` tell the same without a force: by parts, for any ``F = -grad U``,
-
-        < F . (-grad W) > = kT ∫ F . grad rho = kT < lap U >,
-
-    so that ``2 (F . q - kT lap U)`` is zero on average, and a share of it may be added to the loss (implicit score
-    matching: Hyvarinen, J. Mach. Learn. Res. 6, 695 (2005)). Where label noise is large beside ``kT`` over the length
-    that F varies on, the sum scatters less than either: along the dihedrals of C-alpha beads by a factor of four
-    (``benchmarks/density.py``). The Laplacian is ``v . (grad grad U) v``, for probes with ``E[v v^T] = 1``.
-
-    Parameters
-    ----------
-    forces : of the network (or the part of it that this is for), with their graph
-    projected_forces : q, with the priors' part
-    hvps : ``(grad grad U) v`` of the same network
-    """
-    excess = compute_density_excess(forces, projected_forces, hvps, probes, beta)
-    return 2.0 * excess.mean() / forces[0].numel() / scales.force
-
-
 def compute_density_excess(
-    forces: Tensor, projected_forces: Tensor, hvps: Tensor, probes: Tensor, beta: float
+    forces: Tensor, hvps: Tensor, density_forces: Tensor, density_probes: Tensor, beta: float
 ) -> Tensor:
-    """``F . q - kT lap U`` (F,) of :func:`density_loss`."""
-    along = (forces * projected_forces).sum(dim=(-1, -2))
-    return along - (probes * hvps).sum(dim=(-1, -2)).mean(dim=1) / beta
+    """``G . q + kT div G`` (F,) for what of the network's forces is not along bonds: zero on average.
+
+    See :mod:`openmm_hvpcg.training.density`, also for what ``density_forces`` (F, B, 3) and ``density_probes``
+    (F, P, B, 3) are.
+    """
+    along = (forces * density_forces).sum(dim=(-1, -2))
+    return along - (density_probes * hvps).sum(dim=(-1, -2)).mean(dim=1) / beta
+
+
+def density_loss(
+    forces: Tensor, hvps: Tensor, density_forces: Tensor, density_probes: Tensor, beta: float, scales: LossScales
+) -> Tensor:
+    """What :func:`force_loss` changes by where the mean force is learnt from the density of the frames."""
+    excess = compute_density_excess(forces, hvps, density_forces, density_probes, beta)
+    return 2.0 * excess.mean() / forces[0].numel() / scales.force
 
 
 def hvp_loss(

@@ -9,7 +9,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from openmm_hvpcg.config import DensitySettings, TrainingSettings
+from openmm_hvpcg.config import TrainingSettings
 from openmm_hvpcg.training.batches import Batch, BatchSampler, FrameBatches
 from openmm_hvpcg.training.derivatives import (
     EnergyFunction,
@@ -19,7 +19,7 @@ from openmm_hvpcg.training.derivatives import (
     compute_forces_and_hvps,
 )
 from openmm_hvpcg.training.losses import density_loss, force_loss, hvp_loss
-from openmm_hvpcg.training.models.torsions import Bonded, bind_network, bind_parts
+from openmm_hvpcg.training.models.torsions import bind_network
 from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared, apply_pooled
 
 #: Times a training pools the covariances of the HVP target anew.
@@ -35,18 +35,6 @@ class Losses(NamedTuple):
     force: Tensor
     hvp: Tensor | None
     density: Tensor | None
-
-
-def list_density_parts(
-    network: torch.nn.Module, species: Tensor, bonded: Bonded, shares: DensitySettings
-) -> list[tuple[EnergyFunction, float]]:
-    """Parts of the network, and what share of the density term each has: one where all have the same."""
-    beads, torsions = bind_parts(network, species, bonded)
-    if torsions is None:
-        return [(beads, shares.beads)]
-    if shares.beads == shares.torsions:
-        return [(bind_network(network, species, bonded), shares.beads)]
-    return [(beads, shares.beads), (torsions, shares.torsions)]
 
 
 def get_hvp_weight(settings: TrainingSettings, prepared: Prepared) -> float:
@@ -75,14 +63,17 @@ class MatchingModule(lightning.LightningModule):
 
     def compute_losses(self, batch: Batch, with_hvps: bool, create_graph: bool) -> Losses:
         """Normalised terms (see :mod:`openmm_hvpcg.training.losses`)."""
-        if self.settings.density is not None:
-            forces, hvps, density = self._compute_with_density(batch, self.settings.density, with_hvps, create_graph)
-        else:
-            energy = bind_network(self.network, batch.species, batch.bonded)
-            forces, hvps = self._differentiate(energy, batch, with_hvps, create_graph)
-            density = None
+        energy = bind_network(self.network, batch.species, batch.bonded)
+        density = None
+        if not with_hvps and self.settings.density == 0:
+            forces = compute_forces(energy, batch.positions, create_graph)
+            return Losses(force_loss(forces, batch.forces, self.scales, batch.whitening), None, None)
+        method = self._choose_method(energy, batch)
+        forces, hvps = compute_forces_and_hvps(energy, batch.positions, batch.probes, create_graph, method)
         force = force_loss(forces, batch.forces, self.scales, batch.whitening)
-        if not with_hvps or hvps is None:
+        if batch.density_forces is not None and batch.density_probes is not None:
+            density = density_loss(forces, hvps, batch.density_forces, batch.density_probes, self.beta, self.scales)
+        if not with_hvps:
             return Losses(force, None, density)
         hvp = hvp_loss(
             hvps,
@@ -97,30 +88,6 @@ class MatchingModule(lightning.LightningModule):
         )
         return Losses(force, hvp, density)
 
-    def _compute_with_density(
-        self, batch: Batch, shares: DensitySettings, with_hvps: bool, create_graph: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Forces and HVPs of the whole network, and the density term of its parts, each with its share."""
-        labels = batch.projected_forces
-        forces, hvps = torch.zeros_like(labels), torch.zeros_like(batch.probes)
-        density = torch.zeros((), device=labels.device)
-        for energy, share in list_density_parts(self.network, batch.species, batch.bonded, shares):
-            part, products = self._differentiate(energy, batch, with_hvps or share > 0, create_graph)
-            forces = forces + part
-            if products is not None:
-                hvps = hvps + products
-                density = density + share * density_loss(part, labels, products, batch.probes, self.beta, self.scales)
-        return forces, hvps if with_hvps else None, density
-
-    def _differentiate(
-        self, energy: EnergyFunction, batch: Batch, with_hvps: bool, create_graph: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Forces and, where they are wanted, HVPs."""
-        if not with_hvps:
-            return compute_forces(energy, batch.positions, create_graph), None
-        method = self._choose_method(energy, batch)
-        return compute_forces_and_hvps(energy, batch.positions, batch.probes, create_graph, method)
-
     def _choose_method(self, energy: EnergyFunction, batch: Batch) -> HVPMethod:
         """Measured once on a GPU and kept in the checkpoint; on a CPU double backward always won."""
         if self._method is not None:
@@ -133,8 +100,10 @@ class MatchingModule(lightning.LightningModule):
         return method
 
     def combine(self, losses: Losses) -> Tensor:
-        """The loss. The density term is part of that of the forces."""
-        force = losses.force if losses.density is None else losses.force + losses.density
+        """The loss. The density term, with its share, is part of that of the forces."""
+        force = losses.force
+        if losses.density is not None:
+            force = force + self.settings.density * losses.density
         loss = self.settings.force_weight * force
         return loss if losses.hvp is None else loss + self.hvp_weight * losses.hvp
 

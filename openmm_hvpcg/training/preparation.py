@@ -26,6 +26,7 @@ from openmm_hvpcg.prior_terms import PriorParameters
 from openmm_hvpcg.training.batches import FrameGroup, MoleculeSize, MoleculeTensors, group_molecules
 from openmm_hvpcg.training.covariance import PooledCovariance, count_soft_features
 from openmm_hvpcg.training.dataset import LabelledFrames, split_by_time_blocks
+from openmm_hvpcg.training.density import compute_density_labels
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.fit_priors import fit_priors
 from openmm_hvpcg.training.labels.probes import ProbeLaw
@@ -109,7 +110,7 @@ def prepare(
     if len(temperatures) > 1:
         raise DataError("datasets of different temperatures cannot train one potential", got=sorted(temperatures))
     temperature = temperatures.pop()
-    if training.density is not None:
+    if training.density > 0:
         for dataset in datasets:
             _check_density(dataset)
     splits = [
@@ -329,7 +330,7 @@ def _allocate(
             members,
             sizes,
             whitened=settings.whiten == "noise",
-            keeps_prior_forces=settings.density is not None,
+            dense=settings.density > 0,
             storage=storage,
         )
         for members in group_molecules(sizes, mixed)
@@ -339,7 +340,10 @@ def _allocate(
 
 
 def _remove_priors(dataset: LabelledFrames, spec: PotentialSpec, molecule: MoleculeTensors, storage: Storage) -> None:
-    """Fill the molecule's tensors, the priors' forces and HVPs subtracted in double, then float32."""
+    """Fill the molecule's tensors, the priors' forces and HVPs subtracted in double, then float32.
+
+    What the density tells is of forces with the priors' part.
+    """
     bound = replace(spec, bead_map=dataset.bead_map)
     total = TotalEnergy(torch.nn.Identity(), bound).double()
     for start in range(0, dataset.n_frames, CHUNK_FRAMES):
@@ -351,9 +355,11 @@ def _remove_priors(dataset: LabelledFrames, spec: PotentialSpec, molecule: Molec
         f, h = compute_forces_and_hvps(total.prior_energies, positions.double(), probes.double())
         molecule.positions[rows], molecule.probes[rows] = positions, probes
         molecule.forces[rows] = (forces.double() - f).float()
-        if molecule.prior_forces is not None:
-            molecule.prior_forces[rows] = f.float()
         molecule.hvps[rows] = (hvps.double() - h).float()
+        if molecule.density_forces is not None and molecule.density_probes is not None:
+            kt, bonds = compute_kt(spec.temperature_K), torch.from_numpy(dataset.bead_map.bonds).long()
+            labels = compute_density_labels(positions.double(), forces.double(), probes.double(), bonds, kt)
+            molecule.density_forces[rows], molecule.density_probes[rows] = (a.float() for a in labels)
         storage.release()
 
 

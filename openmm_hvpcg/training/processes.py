@@ -70,7 +70,7 @@ def count_bytes(dataset: LabelledFrames, settings: TrainingSettings) -> int:
     """Size of the training tensors of a dataset."""
     n = 3 * dataset.bead_map.n_beads
     per_frame = 2 * n + 3 * n * dataset.n_probes + (n * n if settings.whiten == "noise" else 0)
-    per_frame += n if settings.density is not None else 0
+    per_frame += n + n * dataset.n_probes if settings.density > 0 else 0
     return 4 * per_frame * dataset.n_frames
 
 
@@ -190,7 +190,7 @@ def save_prepared(prepared: Prepared, folder: Path) -> None:
             for m in prepared.molecules
         ],
         "groups": [
-            (g.members, g.whitening is not None, g.prior_forces is not None, g.own_share.tolist())
+            (g.members, g.whitening is not None, g.density_forces is not None, g.own_share.tolist())
             for g in prepared.groups
         ],
     }
@@ -210,10 +210,8 @@ def load_prepared(folder: Path) -> Prepared:
         for n, p, species, bonded in content["sizes"]
     ]
     groups = []
-    for members, whitened, keeps_prior_forces, own_share in content["groups"]:
-        group = FrameGroup.allocate(
-            members, sizes, whitened=whitened, keeps_prior_forces=keeps_prior_forces, storage=storage
-        )
+    for members, whitened, dense, own_share in content["groups"]:
+        group = FrameGroup.allocate(members, sizes, whitened=whitened, dense=dense, storage=storage)
         groups.append(replace(group, own_share=torch.tensor(own_share, dtype=torch.float64)))
     molecules = {k: group.get_molecule(i) for group in groups for i, k in enumerate(group.members)}
     training, validation = (

@@ -138,7 +138,7 @@ DEFAULTS: dict[str, Any] = {
         "covariance_frames": 50000.0,
         "covariance_regions": 4,
         "whiten": "none",
-        "density": None,
+        "density": 0.0,
         "batch_size": 64,
         "learning_rate": 1e-3,
         "schedule": "plateau",
@@ -451,18 +451,16 @@ class TestWrongValues:
             {"name": "b", "role": "test", "input": {**chosen, "trajectory_choice": "time"}},
         ]
         validate_protocol({"molecules": molecules})
-        dense = {"arms": [{"name": "fm"}, {"name": "dense", "density": {}}]}
+        dense = {"arms": [{"name": "fm"}, {"name": "dense", "density": 0.5}]}
         assert "arm dense learns from the density of the frames" in explain({"molecules": molecules, "training": dense})
 
     def test_density_of_an_arm(self) -> None:
-        training = {"arms": [{"name": "dense", "density": {"torsions": 0.6}}]}
-        resolved, _ = resolve_arm(validate_protocol({**MINIMAL, "training": training}), "dense")
-        assert resolved.density is not None
-        assert (resolved.density.beads, resolved.density.torsions) == (0.4, 0.6)
+        training: dict[str, Any] = {"arms": [{"name": "dense", "density": 0.9}]}
+        assert resolve_arm(validate_protocol({**MINIMAL, "training": training}), "dense")[0].density == 0.9
         training["whiten"] = "noise"
         assert "density and whiten: noise exclude each other" in explain({**MINIMAL, "training": training})
-        training = {"density": {"beads": 1.0}}
-        assert "training.density.beads" in explain({**MINIMAL, "training": training})
+        # Without any forces nothing would hold the network along bonds.
+        assert "training.density" in explain({**MINIMAL, "training": {"density": 1.0}})
 
     def test_friendly_forms(self) -> None:
         # YAML 1.1 takes 1e-3 for text: a number in text is meant as a number.

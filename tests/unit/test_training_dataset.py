@@ -193,9 +193,9 @@ def build_group(n_frames=(30, 20), n_probes=(3, 2), optional=True):
         MoleculeSize(t, p, torch.randint(3, (5,), generator=generator), LINEAR[5])
         for t, p in zip(n_frames, n_probes, strict=True)
     ]
-    group = FrameGroup.allocate(range(len(sizes)), sizes, whitened=optional, keeps_prior_forces=optional)
+    group = FrameGroup.allocate(range(len(sizes)), sizes, whitened=optional, dense=optional)
     tensors = (group.positions, group.forces, group.probes, group.hvps, group.covariances)
-    for tensor in (*tensors, group.whitening, group.prior_forces):
+    for tensor in (*tensors, group.whitening, group.density_forces, group.density_probes):
         if tensor is not None:
             tensor.normal_(generator=generator)
     group.own_share.copy_(torch.rand(len(sizes), generator=generator))
@@ -208,13 +208,12 @@ def test_batch_holds_the_frames_and_probes_it_was_asked_for():
     batch = FrameBatches([group])[BatchIndex(molecules, frames, probes)]
     own = [group.get_molecule(k) for k in range(2)]
     assert [len(m.positions) for m in own] == [30, 20]
-    for name in ("probes", "hvps", "covariances"):
+    for name in ("probes", "hvps", "covariances", "density_probes"):
         rows = [getattr(own[m], name)[f, p] for m, f, (p,) in zip(molecules, frames, probes, strict=True)]
         assert torch.equal(getattr(batch, name)[:, 0], torch.stack(rows))
-    for name in ("positions", "forces", "whitening", "prior_forces"):
+    for name in ("positions", "forces", "whitening", "density_forces"):
         rows = [getattr(own[m], name)[f] for m, f in zip(molecules, frames, strict=True)]
         assert torch.equal(getattr(batch, name), torch.stack(rows))
-    assert torch.equal(batch.projected_forces, batch.forces + batch.prior_forces)
     assert batch.own_share.tolist() == [own[m].own_share for m in molecules]
     assert torch.equal(batch.species, torch.stack([own[m].species for m in molecules]))
 
@@ -224,8 +223,7 @@ def test_batch_of_one_molecule_has_one_row_of_species():
     group = build_group((10,), (2,), optional=False)
     batch = FrameBatches([group])[BatchIndex(np.array([0, 0]), np.array([3, 1]), np.array([[1], [0]]))]
     assert torch.equal(batch.species, group.species[0])
-    assert batch.whitening is batch.prior_forces is None
-    assert batch.projected_forces is batch.forces
+    assert batch.whitening is batch.density_forces is batch.density_probes is None
 
 
 def test_molecules_of_as_many_beads_bonded_alike_share_batches():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from training_cases import build_labels
 
-from openmm_hvpcg.config import DensitySettings, ModelSettings, PriorSettings, TrainingSettings
+from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
 from openmm_hvpcg.training.diagnosis import TARGET, TermFigures, describe_weights, diagnose, diagnose_term, round_up
 from openmm_hvpcg.training.fit import FitResult, fit_potential, load_fit
 
@@ -194,8 +194,8 @@ def test_weights_and_why_in_words() -> None:
     averaged = " ".join(describe_weights(settings, 0.37, {"two": 0.0}))
     assert "(2 beta² m_F s)" in averaged
     assert "over the inner samples" in averaged
-    dense = " ".join(describe_weights(TrainingSettings(density=DensitySettings()), 0.0, {}))
-    assert "shares of 0.4 (network of the beads) and 0.8 (of the dihedrals)" in dense
+    dense = " ".join(describe_weights(TrainingSettings(density=0.9), 0.0, {}))
+    assert "90 % from the density of the frames" in dense
     plain = " ".join(describe_weights(TrainingSettings(), 0.0, {"one": 1.0}))
     assert "force matching" in plain
     assert "Covariance" not in plain

@@ -16,7 +16,7 @@ import pytest
 import torch
 from training_cases import KT, NO_PRIORS, REST, build_labels
 
-from openmm_hvpcg.config import DensitySettings, ModelSettings, PriorSettings, TrainingSettings
+from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
 from openmm_hvpcg.errors import DataError, PotentialError, StudyError
 from openmm_hvpcg.potential import load_potential, save_potential
 from openmm_hvpcg.training import fit as fit_module
@@ -27,7 +27,7 @@ from openmm_hvpcg.training.evaluation import choose_network_share
 from openmm_hvpcg.training.export import export_potential, script_potential
 from openmm_hvpcg.training.fit import fit_potential, load_fit
 from openmm_hvpcg.training.losses import compute_hvp_target, density_loss, force_loss, hvp_loss
-from openmm_hvpcg.training.matching import MatchingModule, list_density_parts
+from openmm_hvpcg.training.matching import MatchingModule
 from openmm_hvpcg.training.models.registry import build_network, scale_energy
 from openmm_hvpcg.training.models.torsions import Bonded, bind_network
 from openmm_hvpcg.training.models.total import TotalEnergy
@@ -178,7 +178,7 @@ def build_two(settings=SETTINGS, mixed=True) -> Prepared:
 
 
 @pytest.mark.parametrize("kind", ["schnet", "painn"])
-@pytest.mark.parametrize("changed", [{}, {"whiten": "noise"}, {"density": DensitySettings()}], ids=str)
+@pytest.mark.parametrize("changed", [{}, {"whiten": "noise"}, {"density": 0.9}], ids=str)
 def test_mixed_batch_has_the_mean_loss_of_its_molecules(kind, changed):
     """The losses, and their gradients by the weights, of one batch of 3 and 5 frames and of one batch for each."""
     settings = change(covariance="pooled", **changed)
@@ -273,20 +273,22 @@ def test_unusable_data_are_refused(tmp_path):
 def test_density_of_what_is_no_ensemble_is_refused(tmp_path, attributes, message):
     data = replace(build_labels(100), attributes=attributes)
     with pytest.raises(DataError, match=message):
-        fit_potential([data], change(density=DensitySettings()), MODEL, PRIORS, tmp_path, progress=False)
+        fit_potential([data], change(density=0.9), MODEL, PRIORS, tmp_path, progress=False)
     assert not any(tmp_path.iterdir())
 
 
 def test_density_takes_part_in_the_training(tmp_path):
-    """By the share of each network, in the loss that is trained on and validated with."""
-    shares = [None, DensitySettings(beads=0.0, torsions=0.0), DensitySettings(beads=0.5, torsions=0.9)]
-    settings = [change(hvp_weight=0.0, max_epochs=3, density=share) for share in shares]
-    plain, nothing, dense = (train(tmp_path / str(k), s, force_noise=100.0) for k, s in enumerate(settings))
-    # Parts are summed in another order.
+    """With forces alone, too: in the loss that is trained on and validated with, by its share."""
+    results = [
+        train(tmp_path / str(share), change(hvp_weight=0.0, max_epochs=3, density=share), force_noise=100.0)
+        for share in (0.0, 1e-6, 0.8)
+    ]
+    plain, nothing, dense = (r.curves[-1] for r in results)
     for key in ("train_loss", "val_loss"):
-        assert nothing.curves[-1][key] == pytest.approx(plain.curves[-1][key], rel=1e-4)
-        assert abs(dense.curves[-1][key] / plain.curves[-1][key] - 1.0) > 1e-3
-    assert any("shares of 0.5" in line for line in dense.metrics["diagnosis"]["weights"])
+        # Forces with HVPs and without are summed in another order.
+        assert nothing[key] == pytest.approx(plain[key], rel=1e-4)
+        assert abs(dense[key] / plain[key] - 1.0) > 1e-3
+    assert any("80 % from the density" in line for line in results[2].metrics["diagnosis"]["weights"])
 
 
 def test_damaged_result_is_named(trained, tmp_path):
@@ -621,7 +623,7 @@ def noisy(tmp_path_factory):
 @pytest.mark.parametrize("factor", [1.0, 30.0], ids=["as trained", "overdone"])
 @pytest.mark.parametrize(
     "settings",
-    [{"covariance": "frame"}, {"covariance": "pooled"}, {"whiten": "noise"}, {"density": DensitySettings()}],
+    [{"covariance": "frame"}, {"covariance": "pooled"}, {"whiten": "noise"}, {"density": 0.9}],
     ids=lambda s: str(*s.values()),
 )
 def test_network_share_is_best_on_held_out_frames(noisy, settings, factor):
@@ -629,7 +631,7 @@ def test_network_share_is_best_on_held_out_frames(noisy, settings, factor):
     prepared = prepare_labels(build_labels(**NOISE), change(**settings))
     network = copy.deepcopy(noisy[3])
     scale_energy(network, factor)
-    density = settings.get("density")
+    density = settings.get("density", 0.0)
     share = choose_network_share(network, prepared, 1.0, 2.0, density)
     assert 0.0 <= share <= 1.0
     m, rows, scales = prepared.molecules[0], torch.from_numpy(prepared.validation[0]), prepared.scales
@@ -640,11 +642,9 @@ def test_network_share_is_best_on_held_out_frames(noisy, settings, factor):
     def compute_loss(share: float) -> float:
         second = hvp_loss(share * h, p, q - f, v, prepared.beta, scales, covariances, m.own_share, white)
         first = force_loss(share * f, q, scales, white)
-        if density is not None:
-            labels = q + m.prior_forces[rows]
-            for energy, weight in list_density_parts(network, m.species, m.bonded, density):
-                part, products = compute_forces_and_hvps(energy, x, v)
-                first += weight * density_loss(share * part, labels, share * products, v, prepared.beta, scales)
+        if density > 0:
+            labels = m.density_forces[rows], m.density_probes[rows]
+            first += density * density_loss(share * f, share * h, *labels, prepared.beta, scales)
         return float(first + 2.0 * second)
 
     # Float32 sums.

@@ -12,7 +12,7 @@ import torch
 import zarr
 from training_cases import TEMPERATURE, build_labels
 
-from openmm_hvpcg.config import DensitySettings, ModelSettings, PriorSettings, TrainingSettings
+from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
 from openmm_hvpcg.errors import DataError, StorageError
 from openmm_hvpcg.storage import compute_hash, split_rows
 from openmm_hvpcg.training import preparation as preparation_module
@@ -155,7 +155,7 @@ def train(folder: Path, settings: TrainingSettings, *data: LabelledFrames) -> Fi
         {"whiten": "noise"},
         {"n_samples": 5},
         {"hvp_weight": 0.0},
-        {"density": DensitySettings()},
+        {"density": 0.9},
     ],
     ids=str,
 )

@@ -121,15 +121,6 @@ def split_network(network: nn.Module) -> tuple[nn.Module, TorsionEnergy | None]:
     return (network.base, network.torsions) if isinstance(network, WithTorsions) else (network, None)
 
 
-def bind_parts(network: nn.Module, species: Tensor, bonded: Bonded) -> tuple[EnergyFunction, EnergyFunction | None]:
-    """The network of the beads and, where there is one, that of the dihedrals, as :func:`bind_network` binds them."""
-    base, torsions = split_network(network)
-    if torsions is None:
-        return (lambda x: base(x, species)), None
-    index = [rows.to(species.device) for rows in bonded]
-    return (lambda x: base(x, species)), (lambda x: torsions(x, species, *index))
-
-
 def bind_network(network: nn.Module, species: Tensor, bonded: Bonded) -> EnergyFunction:
     """The network as a function of positions (F, B, 3) nm alone; on the device of ``species``."""
     if not isinstance(network, WithTorsions):
