@@ -2,7 +2,8 @@
 
     python protocols/unseen_peptides/report.py runs/unseen_peptides --out benchmarks/results/unseen_peptides
 
-Figures are means over seeds; their errors combine the scatter of the seeds with the errors of each run.
+Several folders may be given, of sittings on different days or machines. Figures are means over seeds; their errors
+combine the scatter of the seeds with the errors of each run.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import numpy as np
 
 from openmm_hvpcg.units import compute_kt
 
-COLOURS = {"fm": "tab:blue", "hvp": "tab:red"}
-NAMES = {"fm": "FM", "hvp": "FM + HVP"}
+COLOURS = {"fm": "tab:blue", "hvp": "tab:red", "density": "tab:green", "hvp_density": "tab:orange"}
+NAMES = {"fm": "FM", "hvp": "FM + HVP", "density": "FM + density", "hvp_density": "FM + HVP + density"}
 #: Title of each column and where its figure lies in a run: observable, divergence.
 COLUMNS = {
     "KL, mode 1": ("tica1", "kl"),
@@ -64,8 +65,12 @@ class Results:
         chosen = [r for r in self.runs if r["arm"] == arm and r["n_frames"] == size and peptide in r["peptides"]]
         return [r["peptides"][peptide] for r in chosen if r["peptides"][peptide]["stable"]]
 
-    def count_unstable(self, arm: str, size: int) -> int:
-        chosen = [r for r in self.runs if r["arm"] == arm and r["n_frames"] == size]
+    def count_runs(self, size: int) -> int:
+        """Simulations of unseen peptides."""
+        return sum(len(r["peptides"]) for r in self.runs if r["n_frames"] == size)
+
+    def count_unstable(self, size: int) -> int:
+        chosen = [r for r in self.runs if r["n_frames"] == size]
         return sum(not p["stable"] for r in chosen for p in r["peptides"].values())
 
     def average(self, arm: str, size: int, peptide: str, observable: str, kind: str) -> Mean | None:
@@ -80,10 +85,10 @@ class Results:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    content = json.loads((options.folder / "results.json").read_text(encoding="utf-8"))
+    content = merge([json.loads((f / "results.json").read_text(encoding="utf-8")) for f in options.folders])
     results = Results(content)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "table.md").write_text(make_tables(results), encoding="utf-8")
@@ -91,16 +96,22 @@ def main() -> None:
     plot_profiles(results, options.out / "profiles.png")
     if len(results.sizes) > 1:
         plot_efficiency(results, options.out / "efficiency.png")
-    for run in content["runs"]:
-        for figures in [*run["peptides"].values(), *run["trained peptides"].values()]:
-            figures.pop("curve", None)
-    (options.out / "results.json").write_text(json.dumps(shorten(content), indent=1) + "\n", encoding="utf-8")
+    lines = [json.dumps(shorten(run)) for run in content.pop("runs")]
+    head = json.dumps(shorten(content), indent=1)
+    text = head.removesuffix("\n}") + ',\n "runs": [\n' + ",\n".join(lines) + "\n ]\n}\n"
+    (options.out / "results.json").write_text(text, encoding="utf-8")
+
+
+def merge(contents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of all sittings; of one that several have, the last."""
+    runs = {(r["arm"], r["n_frames"], r["seed"]): r for content in contents for r in content["runs"]}
+    return {**contents[-1], "runs": [runs[key] for key in sorted(runs)]}
 
 
 def shorten(value: Any) -> Any:
-    """Numbers with five digits."""
+    """Numbers with four digits."""
     if isinstance(value, float):
-        return float(f"{value:.5g}")
+        return float(f"{value:.4g}")
     if isinstance(value, dict):
         return {k: shorten(v) for k, v in value.items()}
     return [shorten(v) for v in value] if isinstance(value, list) else value
@@ -114,7 +125,10 @@ def make_tables(results: Results) -> str:
     parts = []
     for size in results.sizes:
         parts += [f"## {size} frames of each training peptide", *make_table(results, size, "KL, mode 1"), ""]
-        parts += [summarize(results, size), ""]
+        for arm in results.arms[1:]:
+            parts += [summarize(results, size, arm), ""]
+        if results.count_runs(size):
+            parts += [f"Unstable runs: {results.count_unstable(size)} of {results.count_runs(size)}.", ""]
     largest = results.sizes[0]
     parts += [f"## More figures, {largest} frames"]
     for title in list(COLUMNS)[1:]:
@@ -132,13 +146,16 @@ def make_table(results: Results, size: int, title: str) -> list[str]:
         f"| peptide | slowest mode, ps | {' | '.join(NAMES[a] for a in results.arms)} | change | two halves of AA |",
         "|" + " --- |" * (4 + len(results.arms)),
     ]
+    others = [a for a in results.arms if a != "fm"]
     for peptide in results.peptides:
         means = {a: results.average(a, size, peptide, observable, kind) for a in results.arms}
         known = [m for m in means.values() if m is not None]
         if not known:
             continue
-        fm, hvp = means.get("fm"), means.get("hvp")
-        change = f"{100 * (hvp.value / fm.value - 1):+.0f} %" if fm and hvp else "-"
+        fm = means.get("fm")
+        change = ", ".join(
+            "-" if not fm or not (m := means[a]) else f"{100 * (m.value / fm.value - 1):+.0f} %" for a in others
+        )
         timescale = next(r["timescales_ps"][0] for a in results.arms for r in results.find(a, size, peptide))
         lines.append(
             f"| {peptide} | {timescale:.0f} | {' | '.join(show(m) for m in means.values())} | {change} |"
@@ -147,9 +164,10 @@ def make_table(results: Results, size: int, title: str) -> list[str]:
     return lines
 
 
-def summarize(results: Results, size: int) -> str:
+def summarize(results: Results, size: int, arm: str) -> str:
+    """An arm beside force matching alone."""
     pairs = [
-        (results.average("fm", size, p, "tica1", "kl"), results.average("hvp", size, p, "tica1", "kl"))
+        (results.average("fm", size, p, "tica1", "kl"), results.average(arm, size, p, "tica1", "kl"))
         for p in results.peptides
     ]
     both = [(a, b) for a, b in pairs if a is not None and b is not None]
@@ -158,13 +176,10 @@ def summarize(results: Results, size: int) -> str:
     ratios = np.array([b.value / a.value for a, b in both])
     sure = sum(abs(b.value - a.value) > 2 * np.hypot(a.error, b.error) for a, b in both)
     medians = [float(np.median([m.value for m in column])) for column in zip(*both, strict=True)]
-    unstable = {NAMES[a]: results.count_unstable(a, size) for a in results.arms}
     return (
-        f"FM + HVP ahead on {int((ratios < 1).sum())} of {len(both)} along mode 1 ({sure} differences beyond two"
-        f" errors);"
-        f" median KL {medians[0]:.3f} (FM) and {medians[1]:.3f} (FM + HVP), median ratio {np.median(ratios):.2f},"
+        f"{NAMES[arm]} ahead of FM on {int((ratios < 1).sum())} of {len(both)} along mode 1 ({sure} differences beyond"
+        f" two errors); median KL {medians[1]:.3f} (FM {medians[0]:.3f}), median ratio {np.median(ratios):.2f},"
         f" best {100 * (ratios.min() - 1):+.0f} %, worst {100 * (ratios.max() - 1):+.0f} %."
-        f" Unstable runs: {', '.join(f'{k} {v}' for k, v in unstable.items())}."
     )
 
 
@@ -247,12 +262,13 @@ def plot_bars(results: Results, path: Path) -> None:
     size = results.sizes[0]
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     x = np.arange(len(results.peptides))
+    width = 0.8 / len(results.arms)
     for k, arm in enumerate(results.arms):
         means = [results.average(arm, size, p, "tica1", "kl") for p in results.peptides]
         axis.bar(
-            x + 0.4 * (k - 0.5),
+            x + width * (k - 0.5 * (len(results.arms) - 1)),
             [np.nan if m is None else m.value for m in means],
-            0.4,
+            width,
             yerr=[0.0 if m is None else m.error for m in means],
             color=COLOURS[arm],
             label=NAMES[arm],
@@ -281,9 +297,10 @@ def plot_profiles(results: Results, path: Path) -> None:
     figure, axes = plt.subplots(3, 3, figsize=(10, 8), layout="constrained")
     for axis, peptide in zip(axes.flat, results.peptides, strict=False):
         for arm in results.arms:
-            for number, run in enumerate(results.find(arm, size, peptide)):
+            found = [run for run in results.find(arm, size, peptide) if "curve" in run]
+            for number, run in enumerate(found):
                 curve = {k: np.array(v) for k, v in run["curve"].items()}
-                if arm == results.arms[0] and number == 0:
+                if not axis.lines:
                     axis.plot(*to_profile(curve, "reference", kt), color="k", lw=2, label="AA")
                 label = NAMES[arm] if number == 0 else None
                 axis.plot(*to_profile(curve, "model", kt), color=COLOURS[arm], lw=1, alpha=0.8, label=label)
@@ -299,7 +316,8 @@ def save_profiles(figure: Any, axes: Any, path: Path) -> None:
         axis.set_xlabel("TICA mode 1")
     for axis in axes[:, 0]:
         axis.set_ylabel("free energy, kJ/mol")
-    axes.flat[0].legend()
+    if axes.flat[0].lines:
+        axes.flat[0].legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

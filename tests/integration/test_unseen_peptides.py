@@ -25,7 +25,11 @@ PROTOCOL: dict[str, Any] = {
     "labels": {"probes_per_frame": 2, "max_frames": 40},
     "model": {"features": 8, "interactions": 1, "radial": 8, "cutoff_nm": 1.2},
     "training": {
-        "arms": [{"name": "fm", "hvp_weight": 0.0}, {"name": "hvp", "hvp_weight": "balanced"}],
+        "arms": [
+            {"name": "fm", "hvp_weight": 0.0},
+            {"name": "hvp", "hvp_weight": "balanced"},
+            {"name": "hvp_density", "hvp_weight": "balanced", "density": 0.9},
+        ],
         "batch_size": 32,
         "max_epochs": 1,
         "schedule": "cosine",
@@ -98,7 +102,7 @@ def test_data_hold_what_was_sampled(study: Path, call: Callable[..., None]) -> N
 
 def test_results_and_report(study: Path) -> None:
     content = json.loads((study / "out" / "results.json").read_text())
-    assert {r["arm"] for r in content["runs"]} == {"fm", "hvp"}
+    assert {r["arm"] for r in content["runs"]} == {"fm", "hvp", "hvp_density"}
     for run in content["runs"]:
         # Twenty per cent of the frames are held out for validation.
         assert run["fit"]["n_frames"] == 3 * 32
@@ -111,12 +115,28 @@ def test_results_and_report(study: Path) -> None:
             assert figures[key]["js"] <= np.log(2)
     table = (study / "report" / "table.md").read_text()
     assert "| AGA |" in table
-    assert "ahead on" in table
+    assert "FM + HVP ahead of FM on" in table
+    assert "FM + HVP + density ahead of FM on" in table
+    assert "Unstable runs: 0 of 3." in table
     for name in ("kl.png", "profiles.png"):
         assert (study / "report" / name).stat().st_size > 5000
     # One number of frames makes no curve.
     assert not (study / "report" / "efficiency.png").exists()
-    assert "curve" not in (study / "report" / "results.json").read_text()
+
+
+def test_sittings_are_put_together(study: Path, call: Callable[..., None], tmp_path: Path) -> None:
+    """What a report holds can be reported again, with what another folder has; of what both have the later counts."""
+    kept = json.loads((study / "report" / "results.json").read_text())
+    first = {**kept, "runs": [{**r, "seed": 7} for r in kept["runs"][:1]]}
+    again = {**kept, "runs": [{**r, "peptides": {}} for r in kept["runs"][:1]]}
+    for name, content in (("first", first), ("again", again)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(content))
+    call("report", tmp_path / "first", tmp_path / "again", study / "report", "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert [(r["arm"], r["seed"]) for r in found] == [("fm", 1), ("fm", 7), ("hvp", 1), ("hvp_density", 1)]
+    assert [found[k] for k in (0, 2, 3)] == kept["runs"]
+    assert all(len(p["curve"]["model"]) > 5 for r in found for p in r["peptides"].values())
 
 
 def test_a_second_run_repeats_nothing(study: Path, call: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
