@@ -13,9 +13,10 @@ How far each scatters is seen from its means over walkers, which know nothing of
 share is in it. For combinations of forces and density the share of the latter and the variance, over that of forces
 alone, where it is least, and with HVPs.
 
-    python benchmarks/density.py FIT [--out benchmarks/results/density.json]
+    python benchmarks/density.py FIT [LABELS ...] [--out benchmarks/results/density.json]
 
-FIT is the folder of a finished training of ``protocols/unseen_peptides``, the frames are those in its data; one minute.
+FIT is the folder of a finished training, LABELS are datasets of the molecules it is for; without any, those of
+``protocols/unseen_peptides``. One minute.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from openmm_hvpcg.training.dataset import load_dataset
 from openmm_hvpcg.training.density import compute_density_labels, remove_bonds
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.fit import FitResult, load_fit
@@ -49,6 +51,8 @@ DATA = Path(__file__).resolve().parents[1] / "data" / "unseen_peptides"
 #: Peptides with at least so many beads: those with distances of beads four apart.
 MIN_BEADS = 6
 NARROW_NM = 0.03
+#: Means over at least so many stretches of frames give the scatter.
+MIN_PARTS = 16
 SOURCES = ("forces", "density", "density_but_along_bonds", "hvps")
 #: Estimates that are combined, forces first.
 COMBINATIONS = {"density": [0, 1], "density_but_along_bonds": [0, 2], "hvps": [0, 3], "all": [0, 2, 3]}
@@ -88,7 +92,7 @@ def estimate(data: LabelledFrames, fit: FitResult) -> Iterator[tuple[str, NDArra
     missing = compute_hvp_target(p, q - forces, v, 1.0 / kt) - hvps
     bonds = torch.from_numpy(data.bead_map.bonds).long()
     labels = [compute_density_labels(x, forces, v, b, kt) for b in (bonds[:0], bonds)]
-    walkers = [torch.from_numpy(data.walker == k) for k in np.unique(data.walker)]
+    walkers = list(split_walkers(data.walker))
     for name, function in list_functions(x, bonded):
         slope, products = compute_forces_and_hvps(function, x, v)
         size, curvature = (slope**2).sum((1, 2)).mean(), (products**2).sum((-1, -2)).mean()
@@ -105,6 +109,14 @@ def estimate(data: LabelledFrames, fit: FitResult) -> Iterator[tuple[str, NDArra
         yield name, np.stack([values[:, rows].mean(1).numpy() for rows in walkers], axis=1)
 
 
+def split_walkers(walker: NDArray[np.int64]) -> Iterator[Tensor]:
+    """Frames that are far apart in time from each other: those of each walker, in parts where walkers are few."""
+    numbers = np.unique(walker)
+    for k in numbers:
+        for part in np.array_split(np.flatnonzero(walker == k), -(-MIN_PARTS // len(numbers))):
+            yield torch.from_numpy(part)
+
+
 def combine(covariance: NDArray[np.float64], which: list[int]) -> tuple[float, NDArray[np.float64]]:
     """Least variance of a combination of some estimates, and their shares: equal ones for those that are the same."""
     chosen = covariance[np.ix_(which, which)]
@@ -115,14 +127,15 @@ def combine(covariance: NDArray[np.float64], which: list[int]) -> tuple[float, N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fit", type=Path)
+    parser.add_argument("labels", type=Path, nargs="*")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     fit = load_fit(arguments.fit)
     found = defaultdict(list)
-    for data in load_labels(DATA / LABELS):
-        if data.bead_map.n_beads >= MIN_BEADS:
-            for name, values in estimate(data, fit):
-                found[name].append((np.cov(values) / values.shape[1], values.mean(axis=1)))
+    datasets = [load_dataset(path) for path in arguments.labels]
+    for data in datasets or [d for d in load_labels(DATA / LABELS) if d.bead_map.n_beads >= MIN_BEADS]:
+        for name, values in estimate(data, fit):
+            found[name].append((np.cov(values) / values.shape[1], values.mean(axis=1)))
     rows = {}
     for name, estimates in found.items():
         covariance, means = (np.mean(part, axis=0) for part in zip(*estimates, strict=True))
@@ -139,7 +152,8 @@ def main() -> None:
         print(name, *(f"{key} {value:g}" for key, value in rows[name].items()))
     if arguments.out:
         content = {
-            "command": "python benchmarks/density.py FIT",
+            "command": " ".join(["python benchmarks/density.py FIT", *["LABELS"][: len(datasets)]]),
+            "molecules": len(datasets) or "protocols/unseen_peptides",
             "units": "kJ/mol (bond: kJ/mol/nm^2); variances over that of forces alone",
             "rows": rows,
         }
