@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openmm_hvpcg.training.dataset import load_dataset
-from openmm_hvpcg.training.density import compute_density_labels, remove_bonds
+from openmm_hvpcg.training.density import BondProjector, compute_density_labels
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.fit import FitResult, load_fit
 from openmm_hvpcg.training.losses import compute_density_excess, compute_hvp_target
@@ -91,12 +91,13 @@ def estimate(data: LabelledFrames, fit: FitResult) -> Iterator[tuple[str, NDArra
     kt = compute_kt(data.temperature_K)
     missing = compute_hvp_target(p, q - forces, v, 1.0 / kt) - hvps
     bonds = torch.from_numpy(data.bead_map.bonds).long()
+    projector = BondProjector(x, bonds)
     labels = [compute_density_labels(x, forces, v, b, kt) for b in (bonds[:0], bonds)]
     walkers = list(split_walkers(data.walker))
     for name, function in list_functions(x, bonded):
         slope, products = compute_forces_and_hvps(function, x, v)
         size, curvature = (slope**2).sum((1, 2)).mean(), (products**2).sum((-1, -2)).mean()
-        along_bonds = slope - remove_bonds(x, slope, bonds)
+        along_bonds = slope - projector.remove(slope[:, None])[:, 0]
         density, others = (-compute_density_excess(slope, products, *part, 1.0 / kt) for part in labels)
         values = torch.stack(
             [
