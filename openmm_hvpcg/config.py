@@ -426,12 +426,6 @@ class TrainingSettings(Settings):
         description="share of what is learnt of mean forces, but along bonds, from the density of the frames instead of"
         " from projected forces; they must be an equilibrium ensemble; about 0.9 for C-alpha beads",
     )
-    species_molecules: float = Field(
-        0.0,
-        ge=0,
-        description="what sets a species apart in the network counts half where so many training molecules have it,"
-        " more where more do; 0: in full",
-    )
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     schedule: Literal["plateau", "cosine"] = Field(
@@ -486,7 +480,6 @@ TRAINING_BEFORE: dict[str, Any] = {
     "covariance_regions": TrainingSettings.model_fields["covariance_regions"].default,
     "whiten": "none",
     "density": 0.0,
-    "species_molecules": 0.0,
     "schedule": "plateau",
     "frames_per_molecule": None,
     "devices": 1,

@@ -258,11 +258,6 @@ def describe_weights(settings: TrainingSettings, hvp_weight: float, own_shares: 
             f"Mean forces are learnt to {100 * settings.density:.3g} % from the density of the frames, the rest from"
             " projected forces; along bonds from forces alone."
         )
-    if settings.species_molecules > 0:
-        lines.append(
-            "After training, what sets a species apart counted half where"
-            f" {settings.species_molecules:g} training molecules have it (species_molecules), less where fewer do."
-        )
     if settings.whiten == "noise":
         lines.append(
             "Residuals count by the noise of their direction (whiten: noise), so that stiff ones do not drown."

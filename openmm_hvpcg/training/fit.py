@@ -25,7 +25,7 @@ from openmm_hvpcg.config import (
     TrainingSettings,
 )
 from openmm_hvpcg.cores import choose_torch_threads, use_torch_threads
-from openmm_hvpcg.errors import BackendError, ConfigError, DataError, PotentialError, StudyError
+from openmm_hvpcg.errors import BackendError, DataError, PotentialError, StudyError
 from openmm_hvpcg.potential import PotentialSpec
 from openmm_hvpcg.storage import describe_changes, explain_disk_errors, write_json
 from openmm_hvpcg.training.dataset import LabelledFrames
@@ -37,7 +37,6 @@ from openmm_hvpcg.training.models.check import check_model, takes_many_molecules
 from openmm_hvpcg.training.models.registry import build_base, describe_source, scale_energy
 from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared, prepare
 from openmm_hvpcg.training.processes import open_storage, train_in_processes
-from openmm_hvpcg.training.species import compute_shares, shrink_species
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +51,8 @@ class FitResult:
     ``hvp_rmse_validation``, ``hvp_rmse_priors``, ``hvp_noise`` (kJ/mol/nm^2); all root mean squares per component;
     ``n_frames``, ``n_validation_frames``, ``epochs``, ``best_epoch``, ``wall_time_s``, ``force_weight``,
     ``hvp_weight``; ``network_share``, what of the network's energy was kept (1: all, 0: the priors alone were
-    as good on the held-out blocks); ``species_shares``, what of its difference each species kept
-    (:mod:`openmm_hvpcg.training.species`); ``molecules``, the errors and noise of each; ``diagnosis``, whether the
-    labels do (:class:`~openmm_hvpcg.training.diagnosis.Diagnosis`); and more of
+    as good on the held-out blocks); ``molecules``, the errors and noise of each; ``diagnosis``, whether the labels do
+    (:class:`~openmm_hvpcg.training.diagnosis.Diagnosis`); and more of
     :func:`~openmm_hvpcg.training.evaluation.evaluate_network`.
     """
 
@@ -108,12 +106,6 @@ def fit_potential(
     if (folder / RESULT_NAME).exists():
         logger.info("%s: training is finished already", folder)
         return load_fit(folder)
-    if model.is_foreign and training.species_molecules > 0:
-        raise ConfigError(
-            "training.species_molecules is for the package's own networks",
-            got=model.kind,
-            hint="set it to 0, and let your network see to its species",
-        )
     mixed = _check_foreign(datasets, model) if model.is_foreign else True
     _check_devices(training)
     datasets = [d.thin(training.frames_per_molecule) for d in datasets]
@@ -141,7 +133,6 @@ def fit_potential(
         "spec": json.loads(spec.to_json()),
         "best": trained.best.name,
         "network_share": metrics["network_share"],
-        "species_shares": metrics["species_shares"],
         "curves": curves,
         "metrics": metrics,
     }
@@ -166,7 +157,6 @@ def load_fit(folder: str | Path) -> FitResult:
         model = ModelSettings.model_validate({**MODEL_BEFORE, **spec.model})
         _warn_of_changed_source(spec, model, path)
         network = _load_network(Path(folder) / "checkpoints" / content["best"], spec, model)
-        shrink_species(network, spec.species, content.get("species_shares", {}))
         scale_energy(network, content.get("network_share", 1.0))
         return FitResult(network, spec, content["metrics"], content["curves"])
     except (KeyError, ValueError, OSError, RuntimeError, PotentialError) as error:
@@ -203,14 +193,11 @@ def _judge(
     arm: str,
     course: dict[str, Any],
 ) -> dict[str, Any]:
-    """Shrink what sets species apart and scale the network to its best share, in place; measure its errors, and say
-    what is to be said of them.
+    """Scale the network to its best share, in place; measure its errors, and say what is to be said of them.
 
     ``course`` is how the training went, for the metrics.
     """
     hvp_weight = get_hvp_weight(training, prepared)
-    species_shares = compute_shares(datasets, training.species_molecules) if training.species_molecules > 0 else {}
-    shrink_species(network, prepared.spec.species, species_shares)
     share = choose_network_share(network, prepared, training.force_weight, hvp_weight, training.density)
     scale_energy(network, share)
     metrics = evaluate_network(network, prepared, datasets)
@@ -221,7 +208,6 @@ def _judge(
         "force_weight": training.force_weight,
         "hvp_weight": hvp_weight,
         "network_share": share,
-        "species_shares": species_shares,
     }
     if share == 0.0:
         logger.warning(

@@ -139,7 +139,6 @@ DEFAULTS: dict[str, Any] = {
         "covariance_regions": 4,
         "whiten": "none",
         "density": 0.0,
-        "species_molecules": 0.0,
         "batch_size": 64,
         "learning_rate": 1e-3,
         "schedule": "plateau",
