@@ -103,8 +103,12 @@ def main() -> None:
 
 
 def merge(contents: list[dict[str, Any]]) -> dict[str, Any]:
-    """Runs of all sittings; of one that several have, the last."""
-    runs = {(r["arm"], r["n_frames"], r["seed"]): r for content in contents for r in content["runs"]}
+    """Runs of all sittings; of what several have, the last."""
+    runs: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for run in (r for content in contents for r in content["runs"]):
+        key = run["arm"], run["n_frames"], run["seed"]
+        before = runs.get(key, {})
+        runs[key] = {**run, **{k: {**before.get(k, {}), **run[k]} for k in ("peptides", "trained peptides")}}
     return {**contents[-1], "runs": [runs[key] for key in sorted(runs)]}
 
 
@@ -126,7 +130,8 @@ def make_tables(results: Results) -> str:
     for size in results.sizes:
         parts += [f"## {size} frames of each training peptide", *make_table(results, size, "KL, mode 1"), ""]
         for arm in results.arms[1:]:
-            parts += [summarize(results, size, arm), ""]
+            if summary := summarize(results, size, arm):
+                parts += [summary, ""]
         if results.count_runs(size):
             parts += [f"Unstable runs: {results.count_unstable(size)} of {results.count_runs(size)}.", ""]
     largest = results.sizes[0]

@@ -125,7 +125,7 @@ def test_results_and_report(study: Path) -> None:
 
 
 def test_sittings_are_put_together(study: Path, call: Callable[..., None], tmp_path: Path) -> None:
-    """What a report holds can be reported again, with what another folder has; of what both have the later counts."""
+    """What a report holds can be reported again, with what other folders have; of what several have the last counts."""
     kept = json.loads((study / "report" / "results.json").read_text())
     first = {**kept, "runs": [{**r, "seed": 7} for r in kept["runs"][:1]]}
     again = {**kept, "runs": [{**r, "peptides": {}} for r in kept["runs"][:1]]}
