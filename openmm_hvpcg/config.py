@@ -424,7 +424,8 @@ class TrainingSettings(Settings):
         ge=0,
         lt=1,
         description="share of what is learnt of mean forces, but along bonds, from the density of the frames instead of"
-        " from projected forces; they must be an equilibrium ensemble; about 0.9 for C-alpha beads",
+        " from projected forces; they must be an equilibrium ensemble; about 0.9 for C-alpha beads, 0.4 for backbone"
+        " beads",
     )
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
