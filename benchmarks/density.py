@@ -153,7 +153,7 @@ def main() -> None:
         print(name, *(f"{key} {value:g}" for key, value in rows[name].items()))
     if arguments.out:
         content = {
-            "command": " ".join(["python benchmarks/density.py FIT", *["LABELS"][: len(datasets)]]),
+            "command": "python benchmarks/density.py FIT" + (" LABELS" if datasets else ""),
             "molecules": len(datasets) or "protocols/unseen_peptides",
             "units": "kJ/mol (bond: kJ/mol/nm^2); variances over that of forces alone",
             "rows": rows,

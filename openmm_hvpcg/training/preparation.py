@@ -346,6 +346,7 @@ def _remove_priors(dataset: LabelledFrames, spec: PotentialSpec, molecule: Molec
     """
     bound = replace(spec, bead_map=dataset.bead_map)
     total = TotalEnergy(torch.nn.Identity(), bound).double()
+    kt, bonds = compute_kt(spec.temperature_K), torch.from_numpy(dataset.bead_map.bonds).long()
     for start in range(0, dataset.n_frames, CHUNK_FRAMES):
         rows = slice(start, start + CHUNK_FRAMES)
         positions, forces, probes, hvps = (
@@ -357,7 +358,6 @@ def _remove_priors(dataset: LabelledFrames, spec: PotentialSpec, molecule: Molec
         molecule.forces[rows] = (forces.double() - f).float()
         molecule.hvps[rows] = (hvps.double() - h).float()
         if molecule.density_forces is not None and molecule.density_probes is not None:
-            kt, bonds = compute_kt(spec.temperature_K), torch.from_numpy(dataset.bead_map.bonds).long()
             labels = compute_density_labels(positions.double(), forces.double(), probes.double(), bonds, kt)
             molecule.density_forces[rows], molecule.density_probes[rows] = (a.float() for a in labels)
         storage.release()

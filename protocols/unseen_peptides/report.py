@@ -60,6 +60,11 @@ class Results:
     def arms(self) -> list[str]:
         return [a for a in COLOURS if any(r["arm"] == a for r in self.runs)]
 
+    @property
+    def others(self) -> list[str]:
+        """What is compared with force matching alone."""
+        return [a for a in self.arms if a != "fm"]
+
     def find(self, arm: str, size: int, peptide: str) -> list[dict[str, Any]]:
         """What there is of a peptide, a run a seed; unstable ones are left out here and counted by `count_unstable`."""
         chosen = [r for r in self.runs if r["arm"] == arm and r["n_frames"] == size and peptide in r["peptides"]]
@@ -129,7 +134,7 @@ def make_tables(results: Results) -> str:
     parts = []
     for size in results.sizes:
         parts += [f"## {size} frames of each training peptide", *make_table(results, size, "KL, mode 1"), ""]
-        for arm in results.arms[1:]:
+        for arm in results.others:
             if summary := summarize(results, size, arm):
                 parts += [summary, ""]
         if results.count_runs(size):
@@ -151,7 +156,6 @@ def make_table(results: Results, size: int, title: str) -> list[str]:
         f"| peptide | slowest mode, ps | {' | '.join(NAMES[a] for a in results.arms)} | change | two halves of AA |",
         "|" + " --- |" * (4 + len(results.arms)),
     ]
-    others = [a for a in results.arms if a != "fm"]
     for peptide in results.peptides:
         means = {a: results.average(a, size, peptide, observable, kind) for a in results.arms}
         known = [m for m in means.values() if m is not None]
@@ -159,7 +163,7 @@ def make_table(results: Results, size: int, title: str) -> list[str]:
             continue
         fm = means.get("fm")
         change = ", ".join(
-            "-" if not fm or not (m := means[a]) else f"{100 * (m.value / fm.value - 1):+.0f} %" for a in others
+            "-" if not fm or not (m := means[a]) else f"{100 * (m.value / fm.value - 1):+.0f} %" for a in results.others
         )
         timescale = next(r["timescales_ps"][0] for a in results.arms for r in results.find(a, size, peptide))
         lines.append(
