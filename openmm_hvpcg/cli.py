@@ -234,8 +234,8 @@ def run(
     _run(protocol, out, set_, quiet, None, scheduler, workers)
 
 
-#: Stages whose molecules and simulations can be spread over a cluster.
-ON_CLUSTER = ("sample", "label", "reference", "simulate")
+#: Stages whose molecules, arms and simulations can be spread over a cluster.
+ON_CLUSTER = ("sample", "label", "reference", "train", "export", "simulate")
 
 
 def _add_stage(name: str, summary: str) -> None:

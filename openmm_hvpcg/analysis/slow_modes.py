@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from deeptime.decomposition import TICA
 from numpy.typing import NDArray
 
 from openmm_hvpcg.errors import InputError
@@ -87,6 +86,8 @@ def fit_slow_modes(
     InputError
         Walkers too short for the lag; no feature varies.
     """
+    from deeptime.decomposition import TICA  # takes a second, which every command would feel
+
     usable = [np.asarray(t, dtype=np.float64) for t in trajectories if len(t) > lag_frames]
     n_pairs = sum(len(t) - lag_frames for t in usable)
     if n_pairs < PAIRS_PER_DIMENSION * n_modes:

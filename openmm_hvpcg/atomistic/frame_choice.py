@@ -15,8 +15,6 @@ from typing import Any, Literal
 
 import mdtraj as md
 import numpy as np
-from deeptime.clustering import KMeans
-from deeptime.decomposition import TICA
 from numpy.typing import NDArray
 
 from openmm_hvpcg.atomistic.molecule import AtomisticSystem
@@ -188,6 +186,8 @@ def choose_by_cluster(
     -------
     the indices of each file, rising; and what was done, for the provenance
     """
+    from deeptime.clustering import KMeans  # takes a second, which every command would feel
+
     sizes = [len(f) for f in frames]
     n_candidates = sum(sizes)
     if most >= n_candidates:
@@ -232,6 +232,8 @@ def share_evenly(counts: NDArray[Any], total: int) -> IndexArray:
 
 def _find_slow_coordinates(features: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float64], str]:
     """TICA modes scaled by how slow they are; the standardised features where there are too few frames for that."""
+    from deeptime.decomposition import TICA
+
     sizes = [len(f) for f in features if len(f)]
     everything = np.concatenate([f for f in features if len(f)]).astype(np.float64)
     mean, spread = everything.mean(axis=0), everything.std(axis=0)

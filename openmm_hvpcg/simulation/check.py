@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -90,10 +89,10 @@ def check_potential(
 ) -> PotentialCheck:
     """Check a potential on test frames of the molecule it is bound to.
 
-    Energies and forces of the script equal those of the eager module, of OpenMM through TorchForce and
-    PythonForce with native and with torch priors; native priors equal torch priors; forces are minus the
-    gradient of the energy (finite differences in float64); the energy does not change when the molecule is
-    moved or turned or when like molecules are swapped; copies do not see each other.
+    Energies and forces of the script equal those of the eager module and of OpenMM, through every backend, with
+    native priors and with torch priors; native priors equal torch priors; forces are minus the gradient of the
+    energy (finite differences in float64); the energy does not change when the molecule is moved or turned or when
+    like molecules are swapped; copies do not see each other.
 
     Parameters
     ----------
@@ -135,9 +134,10 @@ def check_potential(
     if items[0].passed:
         if eager is not None:
             items += reference.compare("scripted against eager", *_evaluate_eager(eager, frames))
-        items += _check_gradient(script, frames)
+        double = clone_script(script).double()
+        items += _check_gradient(script, double, frames, reference)
         items += _check_symmetries(script, frames, reference)
-        items += _check_openmm(potential, frames, reference, backend)
+        items += _check_openmm(potential, double, frames, reference, _pair_with_priors(_list_backends(backend)))
     return PotentialCheck(tuple(items))
 
 
@@ -208,22 +208,24 @@ def _evaluate_eager(
     return _stack(evaluate(frame) for frame in frames)
 
 
-def _check_gradient(script: torch.jit.ScriptModule, frames: NDArray[np.float64]) -> list[CheckItem]:
+def _check_gradient(
+    script: torch.jit.ScriptModule,
+    double: torch.jit.ScriptModule,
+    frames: NDArray[np.float64],
+    reference: _Reference,
+) -> list[CheckItem]:
     """Forces against central differences along random directions, in float64; and float32 against float64."""
-    double = clone_script(script).double()
     rng = np.random.default_rng(SEED)
     worst, slopes = 0.0, []
-    for frame in frames:
-        _, forces = evaluate_script(double, frame)
+    _, exact = _stack(evaluate_script(double, frame) for frame in frames)
+    for frame, forces in zip(frames, exact, strict=True):
         for _ in range(N_DIRECTIONS):
             direction = rng.normal(size=frame.shape)
             ends = [float(double(torch.from_numpy(frame + s * STEP_NM * direction)).detach()) for s in (1, -1)]
             slope = float(-(forces * direction).sum())
             slopes.append(slope)
             worst = max(worst, _maximum(np.array((ends[0] - ends[1]) / (2 * STEP_NM) - slope)))
-    _, exact = _stack(evaluate_script(double, frame) for frame in frames)
     scale = float(np.sqrt((exact**2).mean())) or 1.0
-    _, shipped = _stack(evaluate_script(script, frame) for frame in frames)
     return [
         CheckItem(
             "forces against finite differences",
@@ -233,7 +235,7 @@ def _check_gradient(script: torch.jit.ScriptModule, frames: NDArray[np.float64])
         ),
         CheckItem(
             "forces against float64",
-            _maximum(shipped - exact) / scale,
+            _maximum(reference.forces - exact) / scale,
             FLOAT32_FORCE_TOLERANCE,
             FLOAT32_FORCES,
         ),
@@ -274,16 +276,20 @@ def _check_symmetries(
 
 
 def _check_openmm(
-    potential: CGPotential, frames: NDArray[np.float64], reference: _Reference, backend: str
+    potential: CGPotential,
+    double: torch.jit.ScriptModule,
+    frames: NDArray[np.float64],
+    reference: _Reference,
+    pairs: list[tuple[str, str]],
 ) -> list[CheckItem]:
     items = []
-    for name, priors in itertools.product(_list_backends(backend), ("native", "torch")):
-        system = potential.createSystem(backend=name, priors=priors)
-        items += reference.compare(f"OpenMM {name}, {priors} priors", *evaluate_system(system, frames))
-    system = potential.createSystem(backend=_list_backends(backend)[0], priors="native")
-    groups = {force.getForceGroup() for force in system.getForces()} - {NETWORK_GROUP}
-    native_energies, native = evaluate_system(system, frames, groups)
-    double = clone_script(potential.script).double()
+    for backend, priors in pairs:
+        system = potential.createSystem(backend=backend, priors=priors)
+        context = _open_context(system)
+        items += reference.compare(f"OpenMM {backend}, {priors} priors", *_evaluate(context, frames))
+        if priors == "native":
+            groups = {force.getForceGroup() for force in system.getForces()} - {NETWORK_GROUP}
+            native_energies, native = _evaluate(context, frames, groups)
     double.include_priors = True
     total = _stack(evaluate_script(double, frame) for frame in frames)
     double.include_priors = False
@@ -319,6 +325,15 @@ def _list_backends(backend: str) -> list[str]:
     return found
 
 
+def _pair_with_priors(backends: list[str]) -> list[tuple[str, str]]:
+    """Backends and priors to check: each of both once. Whose priors it is makes no difference to a backend."""
+    return [(backends[0], "native"), (backends[-1], "torch")]
+
+
+def _open_context(system: openmm.System) -> openmm.Context:
+    return openmm.Context(system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatformByName("Reference"))
+
+
 def evaluate_system(
     system: openmm.System, frames: NDArray[np.float64], groups: set[int] | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -326,8 +341,12 @@ def evaluate_system(
 
     ``groups`` restricts it to some force groups.
     """
-    integrator = openmm.VerletIntegrator(0.001)
-    context = openmm.Context(system, integrator, openmm.Platform.getPlatformByName("Reference"))
+    return _evaluate(_open_context(system), frames, groups)
+
+
+def _evaluate(
+    context: openmm.Context, frames: NDArray[np.float64], groups: set[int] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     wanted: dict[str, Any] = {} if groups is None else {"groups": sum(1 << g for g in groups)}
 
     def evaluate(frame: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import chi2
+from scipy.special import chdtri
 
 from openmm_hvpcg.units import BOLTZMANN
 
@@ -30,7 +30,7 @@ class StabilityLimits:
 def build_limits(starts: NDArray[np.float64], bonds: NDArray[np.int64], temperature_K: float) -> StabilityLimits:
     """Limits for replicas that start from ``starts`` (K, B, 3) nm."""
     n_degrees = 3 * starts.shape[1]
-    factor = max(HOT_FACTOR, float(chi2.isf(HOT_FALSE_ALARM, n_degrees)) / n_degrees)
+    factor = max(HOT_FACTOR, float(chdtri(n_degrees, HOT_FALSE_ALARM)) / n_degrees)
     longest = STRETCH_FACTOR * float(_bond_lengths(starts, bonds).max()) if len(bonds) else None
     return StabilityLimits(factor * temperature_K, longest)
 

@@ -266,6 +266,14 @@ class Study:
             return [f"{arm}/{m.name}" for m in self.judged for arm in self.arms]
         return ["report"]
 
+    def list_molecules(self, stage: str, units: Sequence[str]) -> list[str]:
+        """Molecules whose bead maps some units of a stage work with."""
+        if stage == "sample" or not units:
+            return []
+        if stage in ("train", "export"):
+            return [m.name for m in self.trained]
+        return sorted({unit.split("/")[-1] for unit in units})
+
 
 def open_study(
     protocol_path: PathLike, out: PathLike, overrides: Sequence[str] = (), *, progress: bool = True

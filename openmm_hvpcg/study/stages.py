@@ -169,40 +169,45 @@ def _reference_molecule(study: Study, name: str) -> None:
 
 
 def _train(study: Study) -> None:
-    for arm in _each_unit(study, "train", study.arms):
-        training, model = resolve_arm(study.protocol, arm)
-        stream = training.memory_gb is not None
-        datasets = [_load_labels(study, m.name, stream) for m in study.trained]
-        result = fit_potential(
-            datasets, training, model, study.protocol.priors, study.model_folder(arm), arm=arm, progress=study.progress
-        )
-        figures = result.metrics
-        logger.info(
-            "%s: validation force error %.1f (priors %.1f, label noise %s) kJ/mol/nm, HVP error %.3g (priors %.3g,"
-            " label noise %s) kJ/mol/nm^2, best of %d epochs: %d",
-            arm,
-            figures["force_rmse_validation"],
-            figures["force_rmse_priors"],
-            _show(figures["force_noise"]),
-            figures["hvp_rmse_validation"],
-            figures["hvp_rmse_priors"],
-            _show(figures["hvp_noise"]),
-            figures["epochs"],
-            figures["best_epoch"] + 1,
-        )
+    _do_units(study, "train")
+
+
+def _train_arm(study: Study, arm: str) -> None:
+    training, model = resolve_arm(study.protocol, arm)
+    stream = training.memory_gb is not None
+    datasets = [_load_labels(study, m.name, stream) for m in study.trained]
+    result = fit_potential(
+        datasets, training, model, study.protocol.priors, study.model_folder(arm), arm=arm, progress=study.progress
+    )
+    figures = result.metrics
+    logger.info(
+        "%s: validation force error %.1f (priors %.1f, label noise %s) kJ/mol/nm, HVP error %.3g (priors %.3g,"
+        " label noise %s) kJ/mol/nm^2, best of %d epochs: %d",
+        arm,
+        figures["force_rmse_validation"],
+        figures["force_rmse_priors"],
+        _show(figures["force_noise"]),
+        figures["hvp_rmse_validation"],
+        figures["hvp_rmse_priors"],
+        _show(figures["hvp_noise"]),
+        figures["epochs"],
+        figures["best_epoch"] + 1,
+    )
 
 
 def _export(study: Study) -> None:
-    for arm in _each_unit(study, "export", study.arms):
-        _require(study, "train", arm)
-        fit = load_fit(study.model_folder(arm))
-        frames = np.asarray(_load_labels(study, study.trained[0].name, stream=True).positions)
-        tabulate = study.protocol.export.tabulate
-        check = export_potential(fit.network, fit.spec, study.potential_path(arm), frames, tabulate)
-        write_json(
-            study.model_folder(arm) / "check.json",
-            [{"name": i.name, "value": i.value, "tolerance": i.tolerance, "reason": i.reason} for i in check.items],
-        )
+    _do_units(study, "export")
+
+
+def _export_arm(study: Study, arm: str) -> None:
+    _require(study, "train", arm)
+    fit = load_fit(study.model_folder(arm))
+    frames = np.asarray(_load_labels(study, study.trained[0].name, stream=True).positions)
+    check = export_potential(fit.network, fit.spec, study.potential_path(arm), frames, study.protocol.export.tabulate)
+    write_json(
+        study.model_folder(arm) / "check.json",
+        [{"name": i.name, "value": i.value, "tolerance": i.tolerance, "reason": i.reason} for i in check.items],
+    )
 
 
 def _evaluate(study: Study) -> dict[str, Any] | None:
@@ -294,6 +299,8 @@ UNIT_WORK = {
     "sample": UnitWork(_sample_molecule, _sample_part, share=1),
     "label": UnitWork(_label_molecule, _label_part),
     "reference": UnitWork(_reference_molecule),
+    "train": UnitWork(_train_arm),
+    "export": UnitWork(_export_arm),
     "simulate": UnitWork(_simulate_unit),
 }
 
@@ -308,9 +315,9 @@ def _do_units(study: Study, stage: str) -> None:
     left = [unit for unit in units if not _skip(study, stage, unit)]
     for unit in left:
         study.mark_begun(stage, unit)
-        if stage != "sample":
-            # Here, so that no two workers write the map of one molecule.
-            _build_map(study, unit.split("/")[-1])
+    for molecule in study.list_molecules(stage, left):
+        # Here, so that no two workers write the map of one molecule.
+        _build_map(study, molecule)
     for unit in study.cluster.map_units(study, stage, left, UNIT_WORK[stage]):
         study.mark_done(stage, unit)
 
