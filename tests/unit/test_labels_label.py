@@ -310,7 +310,9 @@ def test_truncated_dataset_and_other_mapping_are_refused(alanine, dataset, tmp_p
 def test_many_frames_get_longer_chunks_and_a_dataset_keeps_its_own(alanine, dataset, tmp_path, monkeypatch):
     """A dataset begun with long chunks is finished with them by a package that would choose short ones."""
     frames, bead_map, path = build_frames(alanine), dataset[1], tmp_path / "x.zarr"
-    assert [label._choose_chunk(n) for n in (1, 4095, 8191, 8192, 16000, 10**6)] == [64, 64, 64, 128, 192, 256]
+    frame_counts = (1, 4095, 8191, 8192, 16000, 10**6)
+    assert [label._choose_chunk(n, 1000) for n in frame_counts] == [64, 64, 64, 128, 192, 256]
+    assert [label._choose_chunk(n, 22) for n in frame_counts] == [64, 448, 960, 1024, 1984, 2048], "quick to label"
     with monkeypatch.context() as patch:
         patch.setattr(label, "MANY_CHUNKS", 1)
         assert label_chunks(alanine, frames, bead_map, SETTINGS, path, [], progress=False) == [0]

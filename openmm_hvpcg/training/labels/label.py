@@ -43,10 +43,13 @@ from openmm_hvpcg.training.labels.team import Team
 
 logger = logging.getLogger(__name__)
 
-#: Frames of a chunk, a file each, and what a kill loses at most: the fewest and the most. zarr takes a millisecond a
-#: file, which many labels of a small molecule feel; a cluster wants many chunks to hand out.
+#: Frames of a chunk, a file each array, and what a kill loses at most: the fewest, and the most where there are so many
+#: that chunks of the fewest would be more than MANY_CHUNKS, which is enough for a cluster.
 CHUNK_FRAMES, MAX_CHUNK_FRAMES = 64, 256
 MANY_CHUNKS = 64
+#: zarr takes a millisecond a file, which labels of a small molecule feel: there a chunk has so many frames times atoms
+#: squared, half a second of work, up to QUICK_CHUNK_FRAMES, and a dataset at least FEW_CHUNKS chunks.
+CHUNK_WORK, QUICK_CHUNK_FRAMES, FEW_CHUNKS = 1_000_000, 2048, 8
 #: Conditional averaging: frames sampled one after the other in one Context.
 CHAIN_FRAMES = 16
 AVERAGED = ("forces", "hvps", "covariances")
@@ -143,7 +146,7 @@ def label_chunks(
         count_copies(system.system, platform.name),
     ) as oracle:
         job = LabelJob(system, frames, bead_map, settings, chosen, platform, oracle)
-        group, size, done = None, _choose_chunk(len(chosen)), np.zeros(len(chosen), dtype=bool)
+        group, size, done = None, _choose_chunk(len(chosen), system.n_atoms), np.zeros(len(chosen), dtype=bool)
         if Path(path).exists():
             group = open_unfinished(path, KIND, FORMAT_VERSION, "labels", made_from, LABELS_BEFORE)
             done = read_array(group, "done", path).astype(bool)
@@ -167,10 +170,11 @@ def _count_workers(platform: str, asked: int | str) -> int:
     return count_cores() if platform in ("Reference", "CPU") else 2
 
 
-def _choose_chunk(n_frames: int) -> int:
+def _choose_chunk(n_frames: int, n_atoms: int) -> int:
     """Frames of a chunk of a new dataset."""
-    most = n_frames // (MANY_CHUNKS * CHUNK_FRAMES) * CHUNK_FRAMES
-    return min(max(CHUNK_FRAMES, most), MAX_CHUNK_FRAMES)
+    many = min(n_frames // MANY_CHUNKS, MAX_CHUNK_FRAMES)
+    quick = min(n_frames // FEW_CHUNKS, CHUNK_WORK // n_atoms**2, QUICK_CHUNK_FRAMES)
+    return max(1, max(many, quick) // CHUNK_FRAMES) * CHUNK_FRAMES
 
 
 def _create(job: LabelJob, path: PathLike, made_from: dict[str, Any], chunk_frames: int) -> Any:
