@@ -1,0 +1,97 @@
+"""A whole protocol, and the settings of one of its arms."""
+
+from __future__ import annotations
+
+from pydantic import Field, ValidationError, model_validator
+
+from openmm_hvpcg.config.atomistic import MoleculeSettings, SamplingSettings
+from openmm_hvpcg.config.base import Settings
+from openmm_hvpcg.config.labels import LabelSettings, MappingSettings, ReferenceSettings
+from openmm_hvpcg.config.problems import explain, suggest
+from openmm_hvpcg.config.production import AnalysisSettings, ExportSettings, SimulationSettings
+from openmm_hvpcg.config.training import ModelSettings, PriorSettings, TrainingSettings
+from openmm_hvpcg.errors import ConfigError
+
+
+class Protocol(Settings):
+    """A whole study."""
+
+    temperature_K: float = Field(300.0, gt=0, le=2000)
+    molecules: list[MoleculeSettings] = Field(min_length=1)
+    sampling: SamplingSettings = SamplingSettings()
+    mapping: MappingSettings = MappingSettings()
+    labels: LabelSettings = LabelSettings()
+    reference: ReferenceSettings | None = None
+    priors: PriorSettings = PriorSettings()
+    model: ModelSettings = ModelSettings()
+    training: TrainingSettings = TrainingSettings()
+    export: ExportSettings = ExportSettings()
+    simulation: SimulationSettings = SimulationSettings()
+    analysis: AnalysisSettings = AnalysisSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Protocol:
+        names = [m.name for m in self.molecules]
+        if len(set(names)) != len(names):
+            raise ValueError(f"molecules need distinct names, got {names}")
+        if self.sampling.walkers > self.sampling.n_frames:
+            raise ValueError(
+                f"sampling: fewer frames ({self.sampling.n_frames}) than walkers ({self.sampling.walkers})"
+            )
+        if all(m.role == "test" for m in self.molecules):
+            raise ValueError("no molecule to train on: give at least one the role train or both")
+        compared = [m for m in self.molecules if m.role != "train"] or self.molecules
+        biased = next((m.name for m in compared if m.input.trajectory_choice == "cluster"), None)
+        if biased is not None:
+            raise ValueError(
+                f"molecule {biased} is compared with, and frames chosen by cluster are not distributed as its ensemble"
+                " is: give it the role train, and the role test to a molecule with frames sampled or chosen by time"
+                " (the same input under another name will do)"
+            )
+        exchange = self.simulation.exchange
+        if exchange is not None and exchange.hottest_K <= self.temperature_K:
+            raise ValueError(
+                f"simulation.exchange.hottest_K ({exchange.hottest_K:g}) is not above temperature_K"
+                f" ({self.temperature_K:g})"
+            )
+        chosen = next((m.name for m in self.molecules if m.input.trajectory_choice == "cluster"), None)
+        for arm in self.training.arms:
+            training, _ = resolve_arm(self, arm.name)
+            if training.density > 0 and chosen is not None:
+                raise ValueError(
+                    f"arm {arm.name} learns from the density of the frames (training.density), and frames of molecule"
+                    f" {chosen} chosen by cluster are not distributed as its ensemble is: choose them by time, or leave"
+                    " density out"
+                )
+        return self
+
+
+def resolve_arm(protocol: Protocol, name: str) -> tuple[TrainingSettings, ModelSettings]:
+    """Training and model settings of one arm, its overrides applied.
+
+    Raises
+    ------
+    ConfigError
+        No such arm, or an override that is not a key of ``training`` or ``model`` or has a wrong value.
+    """
+    arm = next((a for a in protocol.training.arms if a.name == name), None)
+    if arm is None:
+        raise ConfigError("no such arm", expected=[a.name for a in protocol.training.arms], got=name)
+    training = protocol.training.model_dump()
+    training["arms"] = [{"name": name}]
+    model = protocol.model.model_dump()
+    for key, value in (arm.model_extra or {}).items():
+        if key in ModelSettings.model_fields:
+            model[key] = value
+        elif key in TrainingSettings.model_fields and key != "arms":
+            training[key] = value
+        else:
+            known = [*ModelSettings.model_fields, *TrainingSettings.model_fields]
+            raise ConfigError(f"arm {name}: unknown key {key!r}{suggest(key, known)}")
+    try:
+        resolved = TrainingSettings.model_validate(training), ModelSettings.model_validate(model)
+    except ValidationError as error:
+        raise ConfigError(f"arm {name}: {explain(error, TrainingSettings)}") from error
+    if resolved[0].force_weight == resolved[0].hvp_weight == 0:
+        raise ConfigError(f"arm {name}: force_weight and hvp_weight are both 0, so nothing is trained")
+    return resolved
