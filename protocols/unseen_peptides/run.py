@@ -5,6 +5,9 @@
     python protocols/unseen_peptides/run.py reference SAMPLES   beads of the sampled test peptides     -> data/
     python protocols/unseen_peptides/run.py study --out OUT     trains, simulates, compares, from what is in data/
 
+With `--protocol .../many.yaml --labels LABELS` the study trains on ten times the peptides, a tenth of the frames of
+each; their labels are made by sample_many.py.
+
 Every piece goes on where it was stopped. OUT/results.json holds what is finished; `report.py` makes tables and plots
 of it.
 """
@@ -51,7 +54,6 @@ from openmm_hvpcg.training.labels.label import label_frames
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "data" / "unseen_peptides"
-SIZES = (1600, 400)
 SEEDS = (1, 2, 3)
 
 
@@ -82,7 +84,8 @@ def main() -> None:
     study = pieces.add_parser("study")
     study.add_argument("--out", type=Path, required=True)
     study.add_argument("--arms", nargs="+")
-    study.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    study.add_argument("--labels", type=Path, help=f"the archive to train on, if not {LABELS} of --data")
+    study.add_argument("--sizes", type=int, nargs="+", help="frames of each peptide; all and a quarter of them")
     study.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     study.add_argument(
         "--peptides", nargs="+", help="the unseen ones, if not given; trained ones tell what is transfer"
@@ -182,11 +185,20 @@ def make_references(protocol: Protocol, samples: Path, data: Path) -> None:
 
 def run_study(protocol: Protocol, options: argparse.Namespace) -> None:
     arms = options.arms or [arm.name for arm in protocol.training.arms]
-    work = [Work(a, size, seed) for seed in options.seeds for size in options.sizes for a in arms]
+    options.labels = options.labels or options.data / LABELS
+    sizes = options.sizes or (count_frames(protocol), count_frames(protocol) // 4)
+    work = [Work(a, size, seed) for seed in options.seeds for size in sizes for a in arms]
     peptides = options.peptides or [m.name for m in list_peptides(protocol, "test")]
     run_all(protocol, options, work, [None])
     run_all(protocol, options, work, peptides)
     collect(protocol, options.out)
+
+
+def count_frames(protocol: Protocol) -> int:
+    """Labelled frames of each training peptide."""
+    if protocol.labels.max_frames is None:
+        raise SystemExit("this study says in labels.max_frames how many frames of each peptide are labelled")
+    return protocol.labels.max_frames
 
 
 def run_all(protocol: Protocol, options: argparse.Namespace, work: list[Work], peptides: list[Any]) -> None:
@@ -194,7 +206,7 @@ def run_all(protocol: Protocol, options: argparse.Namespace, work: list[Work], p
     todo = [(w, p) for w in work for p in peptides if not result_path(options.out, w, p).exists()]
     logging.info("%d of %d pieces are done already", len(work) * len(peptides) - len(todo), len(work) * len(peptides))
     began = time.perf_counter()
-    tasks = (joblib.delayed(run_one)(protocol, options.data, options.out, w, p) for w, p in todo)
+    tasks = (joblib.delayed(run_one)(protocol, options, w, p) for w, p in todo)
     for k, label in enumerate(joblib.Parallel(n_jobs=options.jobs, return_as="generator_unordered")(tasks), start=1):
         logging.info("%s (%d of %d, %.0f s)", label, k, len(todo), time.perf_counter() - began)
         if k % 10 == 0:
@@ -206,28 +218,28 @@ def result_path(out: Path, work: Work, peptide: str | None) -> Path:
     return folder / "fit.json" if peptide is None else folder / "peptides" / f"{peptide}.json"
 
 
-def run_one(protocol: Protocol, data: Path, out: Path, work: Work, peptide: str | None) -> str:
+def run_one(protocol: Protocol, options: argparse.Namespace, work: Work, peptide: str | None) -> str:
     torch.set_num_threads(1)
     if peptide is None:
-        train_one(protocol, data, out, work)
+        train_one(protocol, options, work)
     else:
-        simulate_one(protocol, data, out, work, peptide)
+        simulate_one(protocol, options, work, peptide)
     return f"{work.name} {peptide or 'trained'}"
 
 
 def choose_settings(protocol: Protocol, work: Work) -> tuple[TrainingSettings, ModelSettings]:
     """A quarter of the frames is trained on for as many steps as all of them: the budget is the same."""
     training, model = resolve_arm(protocol, work.arm)
-    epochs = training.max_epochs * max(SIZES) // work.size
+    epochs = training.max_epochs * count_frames(protocol) // work.size
     few = {"seed": work.seed, "frames_per_molecule": work.size, "max_epochs": epochs}
     return training.model_copy(update=few), model
 
 
-def train_one(protocol: Protocol, data: Path, out: Path, work: Work) -> None:
+def train_one(protocol: Protocol, options: argparse.Namespace, work: Work) -> None:
     began = time.process_time()
     training, model = choose_settings(protocol, work)
-    folder = out / "models" / work.name
-    datasets = load_labels(data / LABELS)
+    folder = options.out / "models" / work.name
+    datasets = load_labels(options.labels)
     fit = fit_potential(datasets, training, model, protocol.priors, folder / "fit", arm=work.arm, progress=False)
     shutil.rmtree(folder / "fit" / "logs", ignore_errors=True)
     export_potential(fit.network, fit.spec, folder / "potential.pt", datasets[0].positions[:64])
@@ -237,17 +249,19 @@ def train_one(protocol: Protocol, data: Path, out: Path, work: Work) -> None:
         *("force_noise", "hvp_noise"),
     )
     content = {k: fit.metrics[k] for k in keys} | {"training_cpu_s": time.process_time() - began}
-    write_json(result_path(out, work, None), content)
+    write_json(result_path(options.out, work, None), content)
 
 
-def simulate_one(protocol: Protocol, data: Path, out: Path, work: Work, peptide: str) -> None:
+def simulate_one(protocol: Protocol, options: argparse.Namespace, work: Work, peptide: str) -> None:
     unseen = peptide in [m.name for m in list_peptides(protocol, "test")]
-    reference, bead_map = load_reference(data / REFERENCES, peptide) if unseen else load_trained(data / LABELS, peptide)
+    reference, bead_map = (
+        load_reference(options.data / REFERENCES, peptide) if unseen else load_trained(options.labels, peptide)
+    )
     analysis = protocol.analysis
     if not unseen:
         # Fewer frames were kept of these, three times as far apart.
         analysis = analysis.model_copy(update={"lag_frames": max(1, analysis.lag_frames // 3)})
-    folder = out / "models" / work.name
+    folder = options.out / "models" / work.name
     run = folder / "cg" / peptide
     settings = protocol.simulation.model_copy(update={"seed": work.seed, "platform": "Reference"})
     try:
@@ -264,7 +278,7 @@ def simulate_one(protocol: Protocol, data: Path, out: Path, work: Work, peptide:
         content |= {"stable": True, "steps_per_second": result.steps_per_second}
     except UnstableSimulationError as error:
         content = {"stable": False, "message": str(error)}
-    path = result_path(out, work, peptide)
+    path = result_path(options.out, work, peptide)
     path.parent.mkdir(exist_ok=True)
     write_json(path, content)
     shutil.rmtree(run, ignore_errors=True)

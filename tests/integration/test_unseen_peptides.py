@@ -46,7 +46,7 @@ SAMPLING = {
 @pytest.fixture(scope="module")
 def call() -> Any:
     """Calls a script of the protocol as its command line would."""
-    names = ("run", "report", "sample_crowd", "peptides", "judging")
+    names = ("run", "report", "sample_crowd", "sample_many", "draw_many", "peptides", "judging")
     taken = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, str(FOLDER))
 
@@ -74,8 +74,8 @@ def study(call: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -
     call("sample_crowd", root / "systems", root / "samples", *flags)
     call("run", *common, "label", root / "samples", "--scratch", root / "scratch")
     call("run", *common, "reference", root / "samples")
-    call("run", *common, "study", "--out", root / "out", "--sizes", 400, "--seeds", 1)
-    call("run", *common, "study", "--out", root / "out", "--sizes", 400, "--seeds", 1, "--peptides", "GA")
+    call("run", *common, "study", "--out", root / "out", "--sizes", 40, "--seeds", 1)
+    call("run", *common, "study", "--out", root / "out", "--sizes", 40, "--seeds", 1, "--peptides", "GA")
     call("report", root / "out", "--out", root / "report")
     return root
 
@@ -146,8 +146,44 @@ def test_a_second_run_repeats_nothing(study: Path, call: Callable[..., None], mo
     monkeypatch.setattr(importlib.import_module("run"), "run_one", refuse)
     before = (study / "out" / "results.json").read_bytes()
     common = ("--protocol", study / "protocol.yaml", "--data", study / "data", "--jobs", 1)
-    call("run", *common, "study", "--out", study / "out", "--sizes", 400, "--seeds", 1)
+    call("run", *common, "study", "--out", study / "out", "--sizes", 40, "--seeds", 1)
     assert (study / "out" / "results.json").read_bytes() == before
+
+
+def test_many_peptides_are_sampled_on_cores(
+    study: Path, call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = importlib.import_module("sample_many")
+    for name, steps in {"SHAKING_STEPS": 20, "COOLING_STEPS": 10, "STRIDE": 5}.items():
+        monkeypatch.setattr(many, name, steps)
+    words = ("--protocol", study / "protocol.yaml", "--scratch", tmp_path, "--out", tmp_path / "labels.zip")
+    call("sample_many", *words, "--jobs", 1)
+    data = importlib.import_module("peptides").load_labels(tmp_path / "labels.zip")
+    assert [d.name for d in data] == ["AA", "AG", "GA"]
+    assert {(d.n_frames, len(np.unique(d.walker))) for d in data} == {(40, 4)}
+    made = (tmp_path / "AA.zarr" / "zarr.json").stat().st_mtime_ns
+    call("sample_many", *words, "--jobs", 1)
+    assert (tmp_path / "AA.zarr" / "zarr.json").stat().st_mtime_ns == made, "made again"
+    common = ("--protocol", study / "protocol.yaml", "--data", study / "data", "--jobs", 1)
+    out = ("--out", tmp_path / "out", "--labels", tmp_path / "labels.zip")
+    call("run", *common, "study", *out, "--arms", "fm", "--sizes", 40, "--seeds", 1)
+    (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert run["peptides"]["AGA"]["tica1"]["kl"] >= 0
+
+
+def test_many_peptides_hold_nothing_of_the_unseen(
+    call: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    call("draw_many")
+    assert capsys.readouterr().out == (FOLDER / "many.yaml").read_text(), "draw_many.py makes it anew"
+    molecules = yaml.safe_load((FOLDER / "many.yaml").read_text())["molecules"]
+    train, test = ([m["name"] for m in molecules if m["role"] == role] for role in ("train", "test"))
+    assert (len(train), len(set(train)), len(test)) == (240, 240, 9)
+    triples = {s[i : i + 3] for s in test for i in range(len(s) - 2)}
+    assert not any(triple in name for triple in triples for name in train)
+    assert {name[i : i + 2] for name in train for i in range(len(name) - 1)} >= {
+        s[i : i + 2] for s in test for i in range(len(s) - 1)
+    }
 
 
 def test_kept_data_are_of_the_protocol() -> None:
