@@ -45,8 +45,8 @@ from openmm_hvpcg.training.labels.label import label_chunks
 from openmm_hvpcg.training.labels.oracle import ForceOracle, find_active_atoms, find_rigid_clusters
 from openmm_hvpcg.training.labels.probes import draw_probes
 
-#: (sequence, frames of a whole stage): 22, 62 and 175 atoms in implicit solvent.
-STAGES = (("A", 16000), ("AAAAA", 2000), ("YYDPETGTWY", 600))
+#: (sequence, frames of a whole stage): 22, 62 and 175 atoms in implicit solvent; 4000 frames are a protocol's default.
+STAGES = (("A", 16000), ("AAAAA", 4000), ("YYDPETGTWY", 4000))
 #: More sizes for cost against atoms; explicit solvent by padding, about 2,400 and 20,000 atoms.
 LONGER = "A" * 33
 PADDINGS_NM = (1.0, 2.5)
