@@ -134,17 +134,20 @@ def test_both_searches_find_every_near_pair_in_order(name: str) -> None:
 
 
 def test_sums_over_the_pairs_of_each_bead() -> None:
+    """Three copies make a group of two and one of the third; each has blocks of its own."""
+    n_beads = 150
     pairs = PairList(CUTOFF, 0.1)
-    x = torch.from_numpy(sample_globule(200, 2).reshape(-1, 3))
-    pairs.update(x, 200)
-    blocks = pairs.list_blocks()
-    assert len(blocks) > 2
-    rows = [torch.ones(len(block.pairs), 1) for block in blocks]
-    counts = neighbours.add_up(
-        [neighbours.sum_by_bead(b, r) for b, r in zip(blocks, rows, strict=True)], blocks, 400, 1
-    )
-    distances = torch.cdist(x.view(2, 200, 3), x.view(2, 200, 3))
-    assert torch.equal(counts.flatten(), ((distances < CUTOFF + 0.1).sum(2) - 1).flatten().float())
+    x = torch.from_numpy(sample_globule(n_beads, 3).reshape(-1, 3))
+    pairs.update(x, n_beads)
+    assert pairs.group_bounds == [0, 300, 450]
+    counts = []
+    for group, n in enumerate((300, 150)):
+        blocks = pairs.list_blocks(group)
+        assert len(blocks) > 1
+        sums = [neighbours.sum_by_bead(b, torch.ones(len(b.pairs), 1)) for b in blocks]
+        counts.append(neighbours.add_up(sums, blocks, n, 1))
+    distances = torch.cdist(x.view(3, n_beads, 3), x.view(3, n_beads, 3))
+    assert torch.equal(torch.cat(counts).flatten(), ((distances < CUTOFF + 0.1).sum(2) - 1).flatten().float())
 
 
 @pytest.mark.parametrize("options", [{}, {"chiral_channels": 4}, {"interactions": 1}, {"interactions": 3}], ids=str)

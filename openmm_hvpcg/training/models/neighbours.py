@@ -19,6 +19,9 @@ ALL_PAIRS = 32
 DENSE_SEARCH = 256
 #: Beads whose pairs make a block, or pairs that do where all are kept.
 BLOCK_BEADS, BLOCK_PAIRS = 128, 4096
+#: Beads whose copies make a group, which is computed from the first layer to the last before the next is begun: what
+#: is kept of its pairs for the way back is still in the cache then.
+GROUP_BEADS = 320
 
 
 def is_near(difference: Tensor, reach_nm: float) -> Tensor:
@@ -72,6 +75,8 @@ def find_pairs_in_cells(positions: Tensor, reach_nm: float) -> Tensor:
 class Block(NamedTuple):
     """Some pairs, n of them, and how to sum over the pairs of each of the m beads that they belong to.
 
+    Beads are counted from the first of the block's group.
+
     Attributes
     ----------
     pairs : (2 n,) the pairs' first beads, then their second ones
@@ -114,7 +119,7 @@ def add_up(sums: list[Tensor], blocks: list[Block], n_beads: int, width: int) ->
 
 
 class PairList(nn.Module):
-    """Pairs of near beads of K copies of a molecule, in blocks that a processor's cache holds.
+    """Pairs of near beads of K copies of a molecule, in blocks of groups of whole copies that a cache holds.
 
     Parameters
     ----------
@@ -132,6 +137,8 @@ class PairList(nn.Module):
     reference: Tensor
     pair_bounds: list[int]
     bead_bounds: list[int]
+    block_bounds: list[int]
+    group_bounds: list[int]
 
     def __init__(self, cutoff_nm: float, skin_nm: float) -> None:
         super().__init__()
@@ -139,14 +146,17 @@ class PairList(nn.Module):
         self.skin_nm = skin_nm
         # TorchScript sees no constants of the module.
         self.all_pairs, self.dense_search = ALL_PAIRS, DENSE_SEARCH
-        self.block_beads, self.block_pairs = BLOCK_BEADS, BLOCK_PAIRS
+        self.block_beads, self.block_pairs, self.group_beads = BLOCK_BEADS, BLOCK_PAIRS, GROUP_BEADS
         for name in ("pairs", "partners", "beads", "order", "starts", "pair_order"):
             self.register_buffer(name, torch.zeros(0, dtype=torch.int64))
         self.register_buffer("signs", torch.zeros(0))
         self.register_buffer("reference", torch.zeros(0, 3, dtype=torch.float64))
         self.n_beads = 0
+        # Where the pairs and beads of blocks, the blocks of groups, and the beads of groups begin.
         self.pair_bounds = [0]
         self.bead_bounds = [0]
+        self.block_bounds = [0]
+        self.group_bounds = [0]
 
     def forget(self) -> None:
         """Drop the list: the next one is made anew."""
@@ -158,6 +168,8 @@ class PairList(nn.Module):
         self.n_beads = 0
         self.pair_bounds = [0]
         self.bead_bounds = [0]
+        self.block_bounds = [0]
+        self.group_bounds = [0]
 
     def update(self, positions: Tensor, n_beads: int) -> bool:
         """Make the list serve positions (K*B, 3) nm of molecules of ``n_beads``; whether it was made anew."""
@@ -184,39 +196,48 @@ class PairList(nn.Module):
             pairs = find_pairs_dense(copies, self.cutoff_nm + self.skin_nm)
         else:
             pairs = find_pairs_in_cells(copies, self.cutoff_nm + self.skin_nm)
-        self.divide(pairs, positions.shape[0], block_beads)
+        self.divide(pairs, positions.shape[0], block_beads, n_beads * max(1, self.group_beads // n_beads))
         self.reference = positions.detach().clone()
         self.n_beads = n_beads
 
-    def divide(self, pairs: Tensor, n_total: int, block_beads: int) -> None:
+    def divide(self, pairs: Tensor, n_total: int, block_beads: int, group_beads: int) -> None:
         """Lay out pairs (2, n), in order, block by block: a block has the pairs whose first bead is of a fixed range.
 
         Ranges do not depend on the list, so neither does the order of any sum.
         """
-        edges = torch.arange(0, n_total + block_beads, block_beads, device=pairs.device)
-        bounds = torch.searchsorted(pairs[0].contiguous(), edges).cpu()
+        edges: list[int] = []
+        group_bounds: list[int] = []
+        block_bounds: list[int] = []
+        for first in range(0, n_total, group_beads):
+            group_bounds.append(first)
+            block_bounds.append(len(edges))
+            edges.extend(list(range(first, min(first + group_beads, n_total), block_beads)))
+        group_bounds.append(n_total)
+        block_bounds.append(len(edges))
+        edges.append(n_total)
+        bounds = torch.searchsorted(pairs[0].contiguous(), torch.tensor(edges, device=pairs.device)).cpu()
         pair_bounds, bead_bounds = [0], [0]
         ends: list[Tensor] = []
         partners: list[Tensor] = []
         beads: list[Tensor] = []
         orders: list[Tensor] = []
         starts: list[Tensor] = []
-        for k in range(bounds.shape[0] - 1):
-            low, high = int(bounds[k]), int(bounds[k + 1])
-            mine = pairs[:, low:high]
-            owner, order = torch.sort(mine.flatten(), stable=True)
-            if bounds.shape[0] == 2:
-                own = torch.arange(n_total, device=pairs.device)
-            else:
-                own = torch.unique_consecutive(owner)
-            ends.append(mine.flatten())
-            partners.append(mine.flip(0).flatten())
-            orders.append(order)
-            beads.append(own)
-            starts.append(torch.searchsorted(owner, own))
-            pair_bounds.append(high)
-            bead_bounds.append(bead_bounds[-1] + own.shape[0])
+        for group in range(len(group_bounds) - 1):
+            first, last = group_bounds[group], group_bounds[group + 1]
+            is_whole = block_bounds[group + 1] - block_bounds[group] == 1
+            for k in range(block_bounds[group], block_bounds[group + 1]):
+                mine = pairs[:, int(bounds[k]) : int(bounds[k + 1])] - first
+                owner, order = torch.sort(mine.flatten(), stable=True)
+                own = torch.arange(last - first, device=pairs.device) if is_whole else torch.unique_consecutive(owner)
+                ends.append(mine.flatten())
+                partners.append(mine.flip(0).flatten())
+                orders.append(order)
+                beads.append(own)
+                starts.append(torch.searchsorted(owner, own))
+                pair_bounds.append(int(bounds[k + 1]))
+                bead_bounds.append(bead_bounds[-1] + own.shape[0])
         self.pair_bounds, self.bead_bounds = pair_bounds, bead_bounds
+        self.block_bounds, self.group_bounds = block_bounds, group_bounds
         self.pairs, self.partners, self.beads = torch.cat(ends), torch.cat(partners), torch.cat(beads)
         self.order, self.starts = torch.cat(orders), torch.cat(starts)
         pair_orders = [order % max(1, order.shape[0] // 2) for order in orders]
@@ -224,13 +245,13 @@ class PairList(nn.Module):
         signs = [torch.where(order < order.shape[0] // 2, -1.0, 1.0) for order in orders]
         self.signs = torch.cat(signs).to(self.signs.dtype)
 
-    def list_blocks(self) -> list[Block]:
-        """The pairs, block by block."""
+    def list_blocks(self, group: int) -> list[Block]:
+        """The pairs of a group, block by block."""
         if len(self.pair_bounds) == 2:
             whole = Block(self.pairs, self.partners, self.beads, self.order, self.starts, self.pair_order, self.signs)
             return [whole]
         blocks: list[Block] = []
-        for k in range(len(self.pair_bounds) - 1):
+        for k in range(self.block_bounds[group], self.block_bounds[group + 1]):
             start, n = 2 * self.pair_bounds[k], 2 * (self.pair_bounds[k + 1] - self.pair_bounds[k])
             first, m = self.bead_bounds[k], self.bead_bounds[k + 1] - self.bead_bounds[k]
             blocks.append(

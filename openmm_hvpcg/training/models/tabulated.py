@@ -26,7 +26,7 @@ from openmm_hvpcg.training.models.explicit import (
     copy_weight,
 )
 from openmm_hvpcg.training.models.filters import list_filters
-from openmm_hvpcg.training.models.neighbours import PairList, add_up, sum_differences
+from openmm_hvpcg.training.models.neighbours import Block, PairList, add_up, sum_differences
 from openmm_hvpcg.training.models.radial import cutoff_envelope
 from openmm_hvpcg.training.models.schnet import SchNet
 from openmm_hvpcg.training.models.spline import RadialTable, fit_spline
@@ -99,10 +99,25 @@ class TabulatedSchNet(nn.Module):
 
     def forward(self, positions: Tensor, species: Tensor) -> tuple[Tensor, Tensor]:
         """Energies (K,) kJ/mol and their gradient (K*B, 3) of positions (K*B, 3) nm with species (B,)."""
-        n = positions.shape[0]
-        if self.pair_list.update(positions, species.shape[0]):
-            self.start = self.embedding.index_select(0, species).repeat(n // species.shape[0], 1)
-        blocks = self.pair_list.list_blocks()
+        n_beads = species.shape[0]
+        if self.pair_list.update(positions, n_beads):
+            self.start = self.embedding.index_select(0, species).repeat(positions.shape[0] // n_beads, 1)
+        bounds = self.pair_list.group_bounds
+        if len(bounds) == 2:
+            each, gradient = self.compute(positions, self.start, self.pair_list.list_blocks(0), bounds[1])
+            return each.view(-1, n_beads).sum(1), gradient
+        energies: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for group in range(len(bounds) - 1):
+            first, n = bounds[group], bounds[group + 1] - bounds[group]
+            x, start = positions.narrow(0, first, n), self.start.narrow(0, first, n)
+            each, gradient = self.compute(x, start, self.pair_list.list_blocks(group), n)
+            energies.append(each)
+            gradients.append(gradient)
+        return torch.cat(energies).view(-1, n_beads).sum(1), torch.cat(gradients)
+
+    def compute(self, positions: Tensor, start: Tensor, blocks: list[Block], n: int) -> tuple[Tensor, Tensor]:
+        """Energies (n,) of the beads of a group, which start with features (n, F), and their gradient (n, 3)."""
         distances: list[Tensor] = []
         units: list[Tensor] = []
         filters: list[tuple[Tensor, Tensor]] = []
@@ -115,7 +130,7 @@ class TabulatedSchNet(nn.Module):
             units.append(difference / distance)
             distances.append(distance)
             filters.append(self.table(distance.squeeze(1)))
-        h, vectors, turned = self.start, self.start, self.start
+        h, vectors, turned = start, start, start
         if self.chirality is not None:
             vectors, turned = self.chirality(h, filters, units, blocks, n)
             h = self.chirality.maps.add_to(h, turned)
@@ -132,7 +147,7 @@ class TabulatedSchNet(nn.Module):
             slopes.append(along)
         across: list[Tensor] = []
         if self.chirality is not None:
-            along, across = self.chirality.backward(gradient, turned, self.start, vectors, filters, units, blocks, n)
+            along, across = self.chirality.backward(gradient, turned, start, vectors, filters, units, blocks, n)
             slopes.append(along)
         sums: list[Tensor] = []
         for k, block in enumerate(blocks):
@@ -144,7 +159,7 @@ class TabulatedSchNet(nn.Module):
                 turning = across[k] / distances[k]
                 rows = rows + turning - units[k] * (turning * units[k]).sum(1, keepdim=True)
             sums.append(sum_differences(block, rows))
-        return energies.view(-1, species.shape[0]).sum(1), add_up(sums, blocks, n, 3)
+        return energies, add_up(sums, blocks, n, 3)
 
     def forget(self) -> None:
         """Drop what is remembered of the molecule and of which beads are near."""
