@@ -35,6 +35,8 @@ from openmm_hvpcg.config import TrainingSettings
 TARGET = 0.9
 #: An error is resolved where it is so many standard errors.
 RESOLVED = 2.0
+#: A training whose loss rises to so many times that of the priors alone has run away.
+RAN_AWAY = 3.0
 #: Least factor named where nothing was learnt: the rule's for a network that has learnt half.
 NOTHING_LEARNT = 1.0 / (1.0 / TARGET - 1.0)
 
@@ -162,7 +164,7 @@ def diagnose(metrics: Mapping[str, Any], settings: TrainingSettings, own_shares:
         _compute_irreducible(figures, weights),
         describe_weights(settings, weights["hvp"], own_shares),
         _describe_course(metrics, settings),
-        _warn(terms, n_frames),
+        " ".join(text for text in (_warn_of_course(metrics, settings), _warn(terms, n_frames)) if text) or None,
     )
 
 
@@ -295,6 +297,23 @@ def _describe_course(metrics: Mapping[str, Any], settings: TrainingSettings) -> 
             " was noise it had learnt."
         )
     return tuple(lines)
+
+
+def _warn_of_course(metrics: Mapping[str, Any], settings: TrainingSettings) -> str | None:
+    """The warning of a training that ran away, None where it did not."""
+    peak = float(metrics.get("peak_loss") or 0.0)
+    if peak <= RAN_AWAY:
+        return None
+    frame = float(metrics["hvp_weight"]) > 0 and settings.covariance == "frame"
+    cure = (
+        ", training.hvp_weight, or take training.covariance: pooled, whose targets the model moves less"
+        if frame
+        else ""
+    )
+    return (
+        f"The training ran away: the loss of an epoch was {peak:.3g} times that of the priors alone. Lower"
+        f" training.learning_rate{cure}."
+    )
 
 
 def _compute_error(rmse: float, rmse_error: float, noise: float | None) -> tuple[float | None, float | None, bool]:

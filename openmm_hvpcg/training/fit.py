@@ -49,7 +49,8 @@ class FitResult:
 
     ``metrics`` keys: ``force_rmse_validation``, ``force_rmse_priors``, ``force_noise`` (kJ/mol/nm);
     ``hvp_rmse_validation``, ``hvp_rmse_priors``, ``hvp_noise`` (kJ/mol/nm^2); all root mean squares per component;
-    ``n_frames``, ``n_validation_frames``, ``epochs``, ``best_epoch``, ``wall_time_s``, ``force_weight``,
+    ``n_frames``, ``n_validation_frames``, ``epochs``, ``best_epoch``, ``wall_time_s``, ``peak_loss`` (largest training
+    loss of an epoch over the validation loss of the priors alone), ``force_weight``,
     ``hvp_weight``; ``network_share``, what of the network's energy was kept (1: all, 0: the priors alone were
     as good on the held-out blocks); ``molecules``, the errors and noise of each; ``diagnosis``, whether the labels do
     (:class:`~openmm_hvpcg.training.diagnosis.Diagnosis`); and more of
@@ -121,7 +122,9 @@ def fit_potential(
         began = time.perf_counter()
         trained = train_in_processes(prepared, training, model, folder, progress)
         network = _load_network(trained.best, prepared.spec, model)
+        first, *rest = trained.recorder.curves
         course = {
+            "peak_loss": max(row["train_loss"] for row in rest) / first["val_loss"],
             "epochs": trained.n_epochs,
             "best_epoch": int(torch.load(trained.best, weights_only=True)["epoch"]),
             "wall_time_s": trained.recorder.seconds_before + time.perf_counter() - began,

@@ -11,6 +11,7 @@ import pytest
 from training_cases import build_labels
 
 from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
+from openmm_hvpcg.training import diagnosis
 from openmm_hvpcg.training.diagnosis import TARGET, TermFigures, describe_weights, diagnose, diagnose_term, round_up
 from openmm_hvpcg.training.fit import FitResult, fit_potential, load_fit
 
@@ -177,6 +178,31 @@ def test_the_course_of_the_training_in_words() -> None:
     assert "42 % of the network's energy was kept" in tell(network_share=0.42)
 
 
+def test_a_training_that_ran_away_is_named() -> None:
+    few = describe_metrics(peak_loss=984.8)
+    found = diagnose(few, TrainingSettings(hvp_weight="balanced", covariance="frame"), {"a": 1.0})
+    assert found.warning is not None
+    assert found.warning.startswith("The training ran away: the loss of an epoch was 985 times that of the priors")
+    assert "training.covariance: pooled" in found.warning
+    assert "The labels of 200 frames are too few" in found.warning
+    alone = diagnose(describe_metrics(peak_loss=3.5, hvp_weight=0.0), TrainingSettings(), {"a": 1.0})
+    assert alone.warning == (
+        "The training ran away: the loss of an epoch was 3.5 times that of the priors alone. Lower"
+        " training.learning_rate."
+    )
+    calm = diagnose(describe_metrics(peak_loss=1.1, hvp_weight=0.0), TrainingSettings(), {"a": 1.0})
+    assert calm.warning is None
+
+
+def test_the_peak_of_the_loss_is_that_of_the_curves(tmp_path: Path, caplog: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(diagnosis, "RAN_AWAY", 0.5)
+    wild = train_fm(tmp_path / "wild", 200, learning_rate=100.0, max_epochs=3)
+    priors, *rest = wild.curves
+    assert wild.metrics["peak_loss"] == max(row["train_loss"] for row in rest) / priors["val_loss"]
+    assert "The training ran away" in wild.metrics["diagnosis"]["warning"]
+    assert "The training ran away" in caplog.text
+
+
 def test_weights_and_why_in_words() -> None:
     settings = TrainingSettings(hvp_weight="balanced", hvp_start=0.3, max_epochs=200, whiten="noise")
     text = " ".join(describe_weights(settings, 0.37, {"one": 0.25, "two": 0.0, "three": 1.0}))
@@ -204,7 +230,7 @@ def test_weights_and_why_in_words() -> None:
 def train_fm(folder: Path, n_frames: int, **settings: Any) -> FitResult:
     return fit_potential(
         [build_labels(n_frames, n_probes=1, force_noise=400.0)],
-        TrainingSettings(learning_rate=1e-2, accelerator="cpu", seed=5, **settings),
+        TrainingSettings(**{"learning_rate": 1e-2, "accelerator": "cpu", "seed": 5, **settings}),
         ModelSettings(features=16, interactions=1, radial=12, cutoff_nm=0.8),
         PriorSettings(),
         folder,
