@@ -35,13 +35,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from openmm_hvpcg.training.dataset import load_dataset
-from openmm_hvpcg.training.density import BondProjector, compute_density_labels
+from openmm_hvpcg.training.density import compute_density_labels
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.fit import FitResult, load_fit
 from openmm_hvpcg.training.losses import compute_density_excess, compute_hvp_target
 from openmm_hvpcg.training.models.priors import dihedral_angle
 from openmm_hvpcg.training.models.torsions import Bonded, bind_network
 from openmm_hvpcg.training.models.total import TotalEnergy
+from openmm_hvpcg.training.projection import LinkProjector
 from openmm_hvpcg.units import compute_kt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "protocols" / "unseen_peptides"))
@@ -91,7 +92,7 @@ def estimate(data: LabelledFrames, fit: FitResult) -> Iterator[tuple[str, NDArra
     kt = compute_kt(data.temperature_K)
     missing = compute_hvp_target(p, q - forces, v, 1.0 / kt) - hvps
     bonds = torch.from_numpy(data.bead_map.bonds).long()
-    projector = BondProjector(x, bonds)
+    projector = LinkProjector(x, bonds)
     labels = [compute_density_labels(x, forces, v, b, kt) for b in (bonds[:0], bonds)]
     walkers = list(split_walkers(data.walker))
     for name, function in list_functions(x, bonded):

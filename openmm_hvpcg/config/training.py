@@ -113,6 +113,11 @@ class TrainingSettings(Settings):
         0.0, description="balanced: each term weighs by what its own noise leaves of its information"
     )
     hvp_start: float = Field(0.0, ge=0, lt=1, description="share of the epochs with forces alone, before the HVPs")
+    hvp_along: Literal["all", "bonds", "angles"] = Field(
+        "all",
+        description="directions that HVPs are matched along: all; bonds; angles: bonds and angles, where curvature is"
+        " large beside the error of pooled covariances",
+    )
     covariance: Literal["auto", "frame", "pooled", "sample"] = Field(
         "auto",
         description="of the HVP target: frame, each frame's own; pooled, mixed with that of frames alike; sample, of"
@@ -166,9 +171,10 @@ class TrainingSettings(Settings):
         return value
 
     @model_validator(mode="after")
-    def _density_alone(self) -> TrainingSettings:
-        if self.density > 0 and self.whiten != "none":
-            raise ValueError("density and whiten: noise exclude each other, choose one")
+    def _whiten_alone(self) -> TrainingSettings:
+        for key, is_on in (("density", self.density > 0), (f"hvp_along: {self.hvp_along}", self.hvp_along != "all")):
+            if is_on and self.whiten != "none":
+                raise ValueError(f"{key} and whiten: noise exclude each other, choose one")
         return self
 
     @model_validator(mode="after")
@@ -182,6 +188,7 @@ class TrainingSettings(Settings):
 #: What trainings made before these keys existed were made with.
 TRAINING_BEFORE: dict[str, Any] = {
     "hvp_start": 0.0,
+    "hvp_along": "all",
     "covariance": "frame",
     "covariance_frames": TrainingSettings.model_fields["covariance_frames"].default,
     "covariance_regions": TrainingSettings.model_fields["covariance_regions"].default,

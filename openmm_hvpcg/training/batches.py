@@ -27,7 +27,7 @@ class MoleculeTensors:
     ``positions``, ``forces`` (T, B, 3); ``probes``, ``hvps``, ``covariances`` (T, P, B, 3), the last the covariance of
     forces times the probes, what of it is not taken from the residual of the day; ``own_share``, what is; ``species``
     (B,); ``whitening`` (T, 3B, 3B) or None; ``density_forces`` (T, B, 3) and ``density_probes`` (T, P, B, 3), see
-    :mod:`openmm_hvpcg.training.density`, or None.
+    :mod:`openmm_hvpcg.training.density`, or None; ``links`` (n, 2), along which HVPs are matched, None: everywhere.
     """
 
     positions: Tensor
@@ -41,6 +41,7 @@ class MoleculeTensors:
     whitening: Tensor | None = None
     density_forces: Tensor | None = None
     density_probes: Tensor | None = None
+    links: Tensor | None = None
 
 
 class MoleculeSize(NamedTuple):
@@ -50,6 +51,7 @@ class MoleculeSize(NamedTuple):
     n_probes: int
     species: Tensor
     bonded: Bonded
+    links: Tensor | None = None
 
 
 class Batch(NamedTuple):
@@ -71,6 +73,7 @@ class Batch(NamedTuple):
     whitening: Tensor | None
     density_forces: Tensor | None
     density_probes: Tensor | None
+    links: Tensor | None
     weight: float = 1.0
 
     def to(self, device: torch.device) -> Batch:
@@ -94,7 +97,8 @@ def group_molecules(sizes: Sequence[MoleculeSize], mixed: bool = True) -> list[l
     """Indices of the molecules that share batches: as many beads bonded alike, or where not ``mixed`` each its own."""
     groups: dict[Any, list[int]] = {}
     for k, size in enumerate(sizes):
-        kind = (len(size.species), *(str(rows.tolist()) for rows in size.bonded))
+        rows = [*size.bonded, *([] if size.links is None else [size.links])]
+        kind = (len(size.species), *(str(r.tolist()) for r in rows))
         groups.setdefault(kind if mixed else k, []).append(k)
     return list(groups.values())
 
@@ -105,8 +109,9 @@ class FrameGroup:
 
     ``members`` are the molecules' places among all; ``positions``, ``forces`` (N, B, 3); ``probes``, ``hvps``,
     ``covariances`` (R, B, 3); ``whitening`` (N, 3B, 3B), ``density_forces`` (N, B, 3) and ``density_probes`` (R, B, 3),
-    or None; ``species`` (M, B) and ``own_share`` (M,) of each molecule; ``first_frame``, ``n_frames``, ``first_probe``,
-    ``n_probes`` (M,), where its rows begin and how many it has, of the last for each frame.
+    or None; ``links`` (n, 2) or None; ``species`` (M, B) and ``own_share`` (M,) of each molecule; ``first_frame``,
+    ``n_frames``, ``first_probe``, ``n_probes`` (M,), where its rows begin and how many it has, of the last for each
+    frame.
     """
 
     members: tuple[int, ...]
@@ -118,6 +123,7 @@ class FrameGroup:
     whitening: Tensor | None
     density_forces: Tensor | None
     density_probes: Tensor | None
+    links: Tensor | None
     species: Tensor
     bonded: Bonded
     own_share: Tensor
@@ -153,6 +159,7 @@ class FrameGroup:
             storage.allocate(f"{prefix}whitening", (n, 3 * n_beads, 3 * n_beads)) if whitened else None,
             storage.allocate(f"{prefix}density_forces", (n, n_beads, 3)) if dense else None,
             storage.allocate(f"{prefix}density_probes", (n_rows, n_beads, 3)) if dense else None,
+            own[0].links,
             torch.stack([s.species for s in own]),
             own[0].bonded,
             torch.ones(len(own), dtype=torch.float64),
@@ -183,6 +190,7 @@ class FrameGroup:
             None if self.whitening is None else self.whitening[rows],
             None if self.density_forces is None else self.density_forces[rows],
             None if self.density_probes is None else split(self.density_probes),
+            self.links,
         )
 
     def gather(
@@ -209,6 +217,7 @@ class FrameGroup:
             None if self.whitening is None else storage.gather(self.whitening, rows),
             None if self.density_forces is None else storage.gather(self.density_forces, rows),
             None if self.density_probes is None else storage.gather(self.density_probes, columns),
+            self.links,
             weight,
         )
 

@@ -25,53 +25,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Keeps J J^T regular where bonds are more than the directions they can span; its diagonal is 2.
-RIDGE = 1e-9
+from openmm_hvpcg.training.projection import LinkProjector
+
 #: Numbers in the matrices J J^T of the frames that are taken at once.
 CHUNK_VALUES = 2**21
-
-
-class BondProjector:
-    """``P`` of frames (F, B, 3), without the directions along the bonds (n, 2); vectors are (F, P, B, 3)."""
-
-    def __init__(self, positions: Tensor, bonds: Tensor) -> None:
-        #: Which beads a bond joins, (n, B): -1 and 1.
-        self.ends = positions.new_zeros(len(bonds), positions.shape[1])
-        index = torch.arange(len(bonds), device=bonds.device)
-        self.ends[index, bonds[:, 0]], self.ends[index, bonds[:, 1]] = -1.0, 1.0
-        along = self._take_differences(positions)
-        self.length = torch.linalg.vector_norm(along, dim=-1, keepdim=True)
-        #: Unit vectors along the bonds: those and ``ends`` are J.
-        self.unit = along / self.length
-        gram = (self.ends @ self.ends.T) * (self.unit @ self.unit.transpose(1, 2))
-        self.inverse = torch.linalg.inv(gram + RIDGE * torch.eye(len(bonds), dtype=gram.dtype, device=gram.device))
-
-    def _take_differences(self, vectors: Tensor) -> Tensor:
-        """Of the two beads of each bond, (F, ..., n, 3)."""
-        return self.ends @ vectors
-
-    def _find_shares(self, vectors: Tensor) -> Tensor:
-        """``(J J^T)^-1 J w`` (F, P, n)."""
-        return (self._take_differences(vectors) * self.unit[:, None]).sum(-1) @ self.inverse
-
-    def _spread(self, shares: Tensor, directions: Tensor) -> Tensor:
-        """To each bond its share (F, P, n) along a direction (F, P, n, 3): (F, P, B, 3)."""
-        return self.ends.T @ (shares[..., None] * directions)
-
-    def remove(self, vectors: Tensor) -> Tensor:
-        """``P w``."""
-        return vectors - self._spread(self._find_shares(vectors), self.unit[:, None])
-
-    def turn(self, vectors: Tensor) -> Tensor:
-        """``(d_v P) v``: what ``P v`` changes by where the beads move along v."""
-        shares = self._find_shares(vectors)
-        moved = self._take_differences(vectors)
-        unit = self.unit[:, None]
-        change = (moved - (moved * unit).sum(-1, keepdim=True) * unit) / self.length[:, None]
-        spread = self._spread(shares, change)
-        left = vectors - self._spread(shares, unit)
-        rest = (self._take_differences(left) * change).sum(-1) - (self._take_differences(spread) * unit).sum(-1)
-        return -spread - self._spread(rest @ self.inverse, unit)
 
 
 def compute_density_labels(
@@ -91,7 +48,7 @@ def compute_density_labels(
     size = max(1, CHUNK_VALUES // len(bonds) ** 2)
     parts = []
     for x, q, v in zip(*(a.split(size) for a in (positions, forces, probes)), strict=True):
-        projector = BondProjector(x, bonds)
+        projector = LinkProjector(x, bonds)
         parts.append((projector.remove(q[:, None])[:, 0] + kt * projector.turn(v).mean(1), projector.remove(v)))
     density_forces, density_probes = zip(*parts, strict=True)
     return torch.cat(density_forces), torch.cat(density_probes)

@@ -254,6 +254,12 @@ def describe_weights(settings: TrainingSettings, hvp_weight: float, own_shares: 
                 f"HVPs count from epoch {first + 1} of {settings.max_epochs} on (hvp_start {settings.hvp_start:g}): the"
                 " bias of their targets is of second order in the force error, so that forces come first."
             )
+        if settings.hvp_along != "all":
+            where = {"bonds": "bonds", "angles": "bonds and angles"}[settings.hvp_along]
+            lines.append(
+                f"HVPs are matched along {where} alone (hvp_along): in other directions the error of their covariances"
+                " is as large as the curvature."
+            )
         lines += [_describe_covariance(name, share, settings) for name, share in own_shares.items()]
     if settings.density > 0:
         lines.append(

@@ -15,10 +15,11 @@ from openmm_hvpcg.training.batches import MoleculeTensors
 from openmm_hvpcg.training.dataset import LabelledFrames
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.labels.probes import ProbeLaw
-from openmm_hvpcg.training.losses import compute_density_excess, compute_hvp_target, whiten
+from openmm_hvpcg.training.losses import compute_density_excess, compute_hvp_target, restrict, whiten
 from openmm_hvpcg.training.models.torsions import bind_network
 from openmm_hvpcg.training.noise import LabelNoise, choose_frames, estimate_noise
 from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared
+from openmm_hvpcg.training.projection import build_projector
 
 #: What is judged; see :class:`_Figures`.
 TERMS = ("force", "hvp", "loss_force", "loss_hvp")
@@ -71,7 +72,9 @@ def choose_network_share(
                 target = compute_hvp_target(
                     m.hvps[rows], m.forces[rows] - f, m.probes[rows], prepared.beta, m.covariances[rows], m.own_share
                 )
-                terms.append((h, target, hvp_weight / prepared.scales.hvp / m.probes.shape[1]))
+                projector = build_projector(m.positions[rows], m.links)
+                h_matched, target = restrict(h, projector), restrict(target, projector)
+                terms.append((h_matched, target, hvp_weight / prepared.scales.hvp / m.probes.shape[1]))
             for found, aim, weight in terms:
                 found, aim = whiten(found, white).double(), whiten(aim, white).double()
                 along += weight * float((found * aim).sum())
@@ -163,7 +166,8 @@ def _compute_terms(network: torch.nn.Module, tensors: MoleculeTensors, beta: flo
     # Errors are judged with nothing pooled in the target, which would bias them.
     own = compute_excess(0.0 if tensors.own_share == 0.0 else 1.0)
     trained = compute_excess(tensors.own_share) if _is_pooled(tensors) else own
-    white = tensors.whitening
+    white, projector = tensors.whitening, build_projector(tensors.positions, tensors.links)
+    trained = (restrict(trained[0], projector), restrict(trained[1], projector))
     return {
         "force": (residual, prior),
         "hvp": own,
@@ -189,13 +193,13 @@ def _estimate_noises(
         return estimate_noise(arrays["positions"], walker, arrays[force], arrays["probes"], arrays[hvp], law, chosen)
 
     noise = estimate("force", "hvp")
-    plain = tensors.whitening is None
+    plain = tensors.whitening is None and tensors.links is None
     loss_noise = noise if plain and not _is_pooled(tensors) else estimate("loss_force", "loss_hvp")
     return {
         "force": noise.force if noise else None,
         "hvp": noise.hvp if noise else None,
         "loss_force": loss_noise.force if loss_noise else None,
-        # Whitened, the residual matrices are not symmetric, and the estimate does not hold.
+        # Whitened or projected, the residual matrices are not symmetric, and the estimate does not hold.
         "loss_hvp": loss_noise.hvp if loss_noise and plain else None,
     }
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from openmm_hvpcg.training.projection import LinkProjector
+
 
 def compute_correction(
     residual: Tensor,
@@ -82,6 +84,11 @@ def whiten(residual: Tensor, whitening: Tensor | None) -> Tensor:
     return (rows @ whitening).reshape(residual.shape)
 
 
+def restrict(hvps: Tensor, projector: LinkProjector | None) -> Tensor:
+    """What of HVPs or their residuals (F, P, B, 3) is matched: all, or what is along the projector's links."""
+    return hvps if projector is None else projector.keep(hvps)
+
+
 def force_loss(forces: Tensor, projected_forces: Tensor, scales: LossScales, whitening: Tensor | None = None) -> Tensor:
     """Mean square of the force residual over that of the priors."""
     return (whiten(forces - projected_forces, whitening) ** 2).mean() / scales.force
@@ -117,10 +124,12 @@ def hvp_loss(
     covariances: Tensor | None = None,
     own_share: float | Tensor = 1.0,
     whitening: Tensor | None = None,
+    projector: LinkProjector | None = None,
 ) -> Tensor:
     """Mean square of ``(grad grad U) v - t(v)`` over that of the priors: unbiased for the Frobenius-norm objective.
 
-    With ``whitening`` it is a weighted norm: directions count by their noise.
+    With ``whitening`` it is a weighted norm: directions count by their noise. With a ``projector`` what is along its
+    links counts alone.
     """
     target = compute_hvp_target(hvps, residual, probes, beta, covariances, own_share)
-    return (whiten(model_hvps - target, whitening) ** 2).mean() / scales.hvp
+    return (whiten(restrict(model_hvps - target, projector), whitening) ** 2).mean() / scales.hvp

@@ -21,6 +21,7 @@ from openmm_hvpcg.training.derivatives import (
 from openmm_hvpcg.training.losses import density_loss, force_loss, hvp_loss
 from openmm_hvpcg.training.models.torsions import bind_network
 from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared, apply_pooled
+from openmm_hvpcg.training.projection import build_projector
 
 #: Times a training pools the covariances of the HVP target anew.
 POOLINGS = 10
@@ -85,6 +86,7 @@ class MatchingModule(lightning.LightningModule):
             batch.covariances,
             batch.own_share,
             batch.whitening,
+            build_projector(batch.positions, batch.links),
         )
         return Losses(force, hvp, density)
 

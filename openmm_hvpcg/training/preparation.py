@@ -30,9 +30,10 @@ from openmm_hvpcg.training.density import compute_density_labels
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.fit_priors import fit_priors
 from openmm_hvpcg.training.labels.probes import ProbeLaw
-from openmm_hvpcg.training.losses import LossScales, compute_hvp_target, whiten
+from openmm_hvpcg.training.losses import LossScales, compute_hvp_target, restrict, whiten
 from openmm_hvpcg.training.models.torsions import Bonded
 from openmm_hvpcg.training.models.total import TotalEnergy
+from openmm_hvpcg.training.projection import build_projector, list_links
 from openmm_hvpcg.training.scratch import Memory, Storage
 from openmm_hvpcg.units import compute_kt
 
@@ -322,6 +323,7 @@ def _allocate(
             d.n_probes,
             torch.from_numpy(spec.compute_species_index(d.bead_map)),
             Bonded.find(d.bead_map),
+            _find_links(d, settings),
         )
         for d in datasets
     ]
@@ -337,6 +339,21 @@ def _allocate(
     ]
     molecules = {k: group.get_molecule(i) for group in groups for i, k in enumerate(group.members)}
     return groups, [molecules[k] for k in range(len(datasets))]
+
+
+def _find_links(dataset: LabelledFrames, settings: TrainingSettings) -> torch.Tensor | None:
+    """The links along which HVPs are matched, None where they are matched in all directions."""
+    if settings.hvp_along == "all":
+        return None
+    if settings.hvp_weight != 0 and len(dataset.bead_map.bonds) == 0:
+        raise DataError(
+            "training.hvp_along matches HVPs along bonds, and there are none",
+            where=dataset.name,
+            expected="beads with bonds",
+            got=f"{dataset.bead_map.n_beads} beads without",
+            hint="set training.hvp_along: all",
+        )
+    return torch.from_numpy(list_links(dataset.bead_map.bonds, settings.hvp_along))
 
 
 def _remove_priors(dataset: LabelledFrames, spec: PotentialSpec, molecule: MoleculeTensors, storage: Storage) -> None:
@@ -379,6 +396,7 @@ def _mean_squares(
         white = None if m.whitening is None else m.whitening[rows].double()
         target = compute_hvp_target(p, d, v, beta, m.covariances[rows, :n_probes].double(), m.own_share)
         force, n_force = force + float((whiten(d, white) ** 2).sum()), n_force + d.numel()
-        hvp, n_hvp = hvp + float((whiten(target, white) ** 2).sum()), n_hvp + target.numel()
+        matched = whiten(restrict(target, build_projector(m.positions[rows].double(), m.links)), white)
+        hvp, n_hvp = hvp + float((matched**2).sum()), n_hvp + target.numel()
         storage.release()
     return force / n_force, hvp / n_hvp

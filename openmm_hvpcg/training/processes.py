@@ -186,7 +186,10 @@ def save_prepared(prepared: Prepared, folder: Path) -> None:
         "beta": prepared.beta,
         "force_noise": prepared.force_noise,
         "sizes": [
-            (len(m.positions), m.probes.shape[1], m.species.tolist(), [rows.tolist() for rows in m.bonded])
+            (
+                *(len(m.positions), m.probes.shape[1], m.species.tolist(), [rows.tolist() for rows in m.bonded]),
+                None if m.links is None else m.links.tolist(),
+            )
             for m in prepared.molecules
         ],
         "groups": [
@@ -206,8 +209,14 @@ def load_prepared(folder: Path) -> Prepared:
     content = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
     storage = Scratch(folder, attach=True)
     sizes = [
-        MoleculeSize(n, p, torch.tensor(species), Bonded(*_read_rows(bonded)))
-        for n, p, species, bonded in content["sizes"]
+        MoleculeSize(
+            n,
+            p,
+            torch.tensor(species),
+            Bonded(*_read_rows(bonded)),
+            None if links is None else torch.tensor(links, dtype=torch.long).reshape(-1, 2),
+        )
+        for n, p, species, bonded, links in content["sizes"]
     ]
     groups = []
     for members, whitened, dense, own_share in content["groups"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openmm_hvpcg.config import ModelSettings
 from openmm_hvpcg.training import density as density_module
-from openmm_hvpcg.training.density import BondProjector, compute_density_labels
+from openmm_hvpcg.training.density import compute_density_labels
 from openmm_hvpcg.training.derivatives import compute_forces, compute_forces_and_hvps
 from openmm_hvpcg.training.labels.hvp import compute_projected_hvps
 from openmm_hvpcg.training.labels.oracle import ForceOracle
@@ -25,6 +25,7 @@ from openmm_hvpcg.training.losses import (
     hvp_loss,
 )
 from openmm_hvpcg.training.models.registry import build_base as build_schnet
+from openmm_hvpcg.training.projection import LinkProjector
 
 BETA = 0.4
 SCALES = LossScales(force=300.0, hvp=2e5)
@@ -233,16 +234,16 @@ def test_bonds_are_removed_and_nothing_else():
     """The projector is symmetric and idempotent, takes out as many directions as there are bonds, and leaves turns."""
     x, _ = draw_from_wells(4)
     unit = torch.eye(9, dtype=torch.float64).reshape(1, 9, 3, 3).expand(4, -1, -1, -1)
-    p = BondProjector(x, BONDS).remove(unit).flatten(2)
+    p = LinkProjector(x, BONDS).remove(unit).flatten(2)
     # The ridge of 1e-9 beside a diagonal of 2.
     torch.testing.assert_close(p @ p, p, rtol=0.0, atol=1e-8)
     torch.testing.assert_close(p, p.transpose(1, 2), rtol=0.0, atol=1e-12)
     assert torch.allclose(p.diagonal(dim1=1, dim2=2).sum(1), torch.tensor(7.0, dtype=torch.float64), atol=1e-7)
     turn = torch.linalg.cross(torch.tensor([0.3, -1.0, 0.2], dtype=torch.float64).expand_as(x), x, dim=-1)[:, None]
-    torch.testing.assert_close(BondProjector(x, BONDS).remove(turn), turn, rtol=0.0, atol=1e-9)
+    torch.testing.assert_close(LinkProjector(x, BONDS).remove(turn), turn, rtol=0.0, atol=1e-9)
     # Three bonds in a triangle and one of them again: more than the directions they span.
     again = torch.tensor([[0, 1], [1, 2], [0, 2], [1, 0]])
-    left = BondProjector(x, again).remove(unit).flatten(2).diagonal(dim1=1, dim2=2).sum(1)
+    left = LinkProjector(x, again).remove(unit).flatten(2).diagonal(dim1=1, dim2=2).sum(1)
     assert torch.allclose(left, torch.tensor(6.0, dtype=torch.float64), atol=1e-6)
 
 
@@ -268,7 +269,7 @@ def test_density_labels_give_the_divergence(monkeypatch):
     def field(flat: Tensor) -> Tensor:
         y = flat.reshape(1, 3, 3)
         (gradient,) = torch.autograd.grad(energy(y).sum(), y, create_graph=True)
-        return BondProjector(y, BONDS[:1]).remove(-gradient[:, None]).flatten()
+        return LinkProjector(y, BONDS[:1]).remove(-gradient[:, None]).flatten()
 
     for k in range(3):
         flat = x[k].flatten().requires_grad_(True)
@@ -277,7 +278,7 @@ def test_density_labels_give_the_divergence(monkeypatch):
         expected = float((along + divergence / BETA).detach())
         assert float(excess[k]) == pytest.approx(expected, rel=1e-7, abs=1e-7 * float(along.detach().abs()))
     # The turning of the bond takes part.
-    still = excess - (forces * (density_forces - BondProjector(x, BONDS[:1]).remove(q[:, None])[:, 0])).sum((1, 2))
+    still = excess - (forces * (density_forces - LinkProjector(x, BONDS[:1]).remove(q[:, None])[:, 0])).sum((1, 2))
     assert float((still / excess - 1.0).abs().max()) > 1e-3
 
 

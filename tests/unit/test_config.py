@@ -139,6 +139,7 @@ DEFAULTS: dict[str, Any] = {
         "covariance_regions": 4,
         "whiten": "none",
         "density": 0.0,
+        "hvp_along": "all",
         "batch_size": 64,
         "learning_rate": 1e-3,
         "schedule": "plateau",
@@ -458,6 +459,8 @@ class TestWrongValues:
         training: dict[str, Any] = {"arms": [{"name": "dense", "density": 0.9}]}
         assert resolve_arm(validate_protocol({**MINIMAL, "training": training}), "dense")[0].density == 0.9
         training["whiten"] = "noise"
+        along = {"arms": [{"name": "bonds", "hvp_along": "bonds", "whiten": "noise"}]}
+        assert "hvp_along: bonds and whiten: noise exclude each other" in explain({**MINIMAL, "training": along})
         assert "density and whiten: noise exclude each other" in explain({**MINIMAL, "training": training})
         # Without any forces nothing would hold the network along bonds.
         assert "training.density" in explain({**MINIMAL, "training": {"density": 1.0}})

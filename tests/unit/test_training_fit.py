@@ -32,6 +32,7 @@ from openmm_hvpcg.training.models.registry import build_network, scale_energy
 from openmm_hvpcg.training.models.torsions import Bonded, bind_network
 from openmm_hvpcg.training.models.total import TotalEnergy
 from openmm_hvpcg.training.preparation import Prepared, prepare
+from openmm_hvpcg.training.projection import build_projector
 
 MODEL = ModelSettings(features=16, interactions=1, radial=12, cutoff_nm=0.8)
 #: Of the molecule of build_labels.
@@ -178,7 +179,7 @@ def build_two(settings=SETTINGS, mixed=True) -> Prepared:
 
 
 @pytest.mark.parametrize("kind", ["schnet", "painn"])
-@pytest.mark.parametrize("changed", [{}, {"whiten": "noise"}, {"density": 0.9}], ids=str)
+@pytest.mark.parametrize("changed", [{}, {"whiten": "noise"}, {"density": 0.9}, {"hvp_along": "angles"}], ids=str)
 def test_mixed_batch_has_the_mean_loss_of_its_molecules(kind, changed):
     """The losses, and their gradients by the weights, of one batch of 3 and 5 frames and of one batch for each."""
     settings = change(covariance="pooled", **changed)
@@ -275,6 +276,29 @@ def test_density_of_what_is_no_ensemble_is_refused(tmp_path, attributes, message
     with pytest.raises(DataError, match=message):
         fit_potential([data], change(density=0.9), MODEL, PRIORS, tmp_path, progress=False)
     assert not any(tmp_path.iterdir())
+
+
+def test_hvps_along_bonds_need_bonds(tmp_path):
+    data = build_labels(100)
+    data = replace(data, bead_map=replace(data.bead_map, bonds=np.empty((0, 2), dtype=np.int64)))
+    with pytest.raises(DataError, match=r"mol: training.hvp_along matches HVPs along bonds, and there are none"):
+        fit_potential([data], change(hvp_along="bonds"), MODEL, PRIORS, tmp_path, progress=False)
+
+
+def test_hvps_are_matched_where_they_are_asked_for(tmp_path):
+    """Three trainings on the same labels differ, and each says along what it matched."""
+    results = [
+        train(tmp_path / along, change(hvp_weight=1.0, max_epochs=3, hvp_along=along), force_noise=100.0)
+        for along in ("all", "angles", "bonds")
+    ]
+    errors = [r.metrics["hvp_rmse_validation"] for r in results]
+    assert len(set(errors)) == 3
+    # What is matched is a part of all there is, and the figures in physical units are of all of it.
+    terms = [r.metrics["loss_terms"]["hvp"]["priors_validation"] for r in results]
+    assert terms[0] > terms[1] > terms[2] > 0
+    assert len({r.metrics["hvp_rmse_priors"] for r in results}) == 1
+    for result, words in zip(results[1:], ("bonds and angles", "bonds"), strict=True):
+        assert any(f"HVPs are matched along {words} alone" in line for line in result.metrics["diagnosis"]["weights"])
 
 
 def test_density_takes_part_in_the_training(tmp_path):
@@ -623,7 +647,7 @@ def noisy(tmp_path_factory):
 @pytest.mark.parametrize("factor", [1.0, 30.0], ids=["as trained", "overdone"])
 @pytest.mark.parametrize(
     "settings",
-    [{"covariance": "frame"}, {"covariance": "pooled"}, {"whiten": "noise"}, {"density": 0.9}],
+    [{"covariance": "frame"}, {"covariance": "pooled"}, {"whiten": "noise"}, {"density": 0.9}, {"hvp_along": "bonds"}],
     ids=lambda s: str(*s.values()),
 )
 def test_network_share_is_best_on_held_out_frames(noisy, settings, factor):
@@ -637,10 +661,11 @@ def test_network_share_is_best_on_held_out_frames(noisy, settings, factor):
     m, rows, scales = prepared.molecules[0], torch.from_numpy(prepared.validation[0]), prepared.scales
     x, q, v, p, covariances = (getattr(m, n)[rows] for n in ("positions", "forces", "probes", "hvps", "covariances"))
     f, h = compute_forces_and_hvps(bind_network(network, m.species, m.bonded), x, v)
-    white = None if m.whitening is None else m.whitening[rows]
+    white, projector = None if m.whitening is None else m.whitening[rows], build_projector(x, m.links)
+    assert (projector is None) == ("hvp_along" not in settings)
 
     def compute_loss(share: float) -> float:
-        second = hvp_loss(share * h, p, q - f, v, prepared.beta, scales, covariances, m.own_share, white)
+        second = hvp_loss(share * h, p, q - f, v, prepared.beta, scales, covariances, m.own_share, white, projector)
         first = force_loss(share * f, q, scales, white)
         if density > 0:
             labels = m.density_forces[rows], m.density_probes[rows]

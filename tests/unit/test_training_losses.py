@@ -14,6 +14,7 @@ from openmm_hvpcg.training.losses import (
     hvp_loss,
     whiten,
 )
+from openmm_hvpcg.training.projection import build_projector, list_links
 
 SCALES = LossScales(4.0, 9.0)
 
@@ -126,6 +127,50 @@ def test_whitening_multiplies_each_frame_by_its_matrix():
     torch.testing.assert_close(
         hvp_loss(h, p, d - f, v, 0.4, SCALES, whitening=white), (whiten(h - target, white) ** 2).mean() / 9
     )
+
+
+def test_links_are_bonds_and_the_ends_of_two_in_a_row():
+    """Backbone beads of a residue: a chain of five, one of them with a branch."""
+    bonds = np.array([[0, 1], [1, 2], [2, 3], [2, 4], [3, 5]])
+    np.testing.assert_array_equal(list_links(bonds, "bonds"), bonds)
+    angles = list_links(bonds, "angles")[len(bonds) :]
+    assert sorted(map(tuple, angles.tolist())) == [(0, 2), (1, 3), (1, 4), (2, 5), (3, 4)]
+    # A ring of three: every pair is a bond already.
+    assert len(list_links(np.array([[0, 1], [1, 2], [0, 2]]), "angles")) == 3
+
+
+def test_hvps_are_matched_along_links_alone():
+    """Only a model's error in how bonds stretch counts, wherever the probe points."""
+    x = draw(0, 5, 4, 3)
+    links = torch.from_numpy(list_links(np.array([[0, 1], [1, 2], [2, 3]]), "bonds"))
+    projector = build_projector(x, links)
+    v, p, q, f = draw(1, 5, 2, 4, 3), draw(2, 5, 2, 4, 3), draw(3, 5, 4, 3), draw(4, 5, 4, 3)
+    target = compute_hvp_target(p, q - f, v, 0.4)
+    error = draw(5, 5, 2, 4, 3)
+    across = error - projector.keep(error)
+    ends = x[:, links[:, 1]] - x[:, links[:, 0]]
+    stretch = ((across[:, :, links[:, 1]] - across[:, :, links[:, 0]]) * ends[:, None]).sum(-1)
+    assert float(stretch.abs().max()) < 1e-3, "what is left out stretches no bond"
+
+    def loss(h: torch.Tensor) -> float:
+        return float(hvp_loss(h, p, q - f, v, 0.4, SCALES, projector=projector))
+
+    # The ridge of 1e-4 beside a diagonal of 2, squared.
+    assert loss(target + across) < 1e-6 * loss(target + error)
+    assert loss(target + error) == pytest.approx(float((projector.keep(error) ** 2).mean() / 9), rel=1e-4)
+    assert build_projector(x, None) is None
+
+
+def test_flat_centres_do_not_blow_up():
+    """Bonds and angles around a bead in one plane with its neighbours: six links, five of which move anything."""
+    x = torch.tensor([[0.0, 0, 0], [1, 0, 0], [-0.5, 0.8, 0], [-0.5, -0.9, 0]])[None] * 0.15
+    links = torch.from_numpy(list_links(np.array([[0, 1], [0, 2], [0, 3]]), "angles"))
+    unit = torch.eye(12).reshape(1, 12, 4, 3)
+    kept = build_projector(x, links).keep(unit).flatten(2)[0]
+    values = torch.linalg.eigvalsh(0.5 * (kept + kept.T))
+    assert float(values.max()) < 1 + 1e-3
+    # To the ridge over the smallest square that is not nothing.
+    assert float(values.sum()) == pytest.approx(5.0, abs=0.01)
 
 
 def test_balanced_weight_is_its_formula():

@@ -132,7 +132,7 @@ def test_more_devices_than_there_are_is_an_error(tmp_path, monkeypatch):
         train(tmp_path, TWO.model_copy(update={"accelerator": "auto"}))
 
 
-@pytest.mark.parametrize("changed", [{}, {"whiten": "noise"}, {"density": 0.9}], ids=str)
+@pytest.mark.parametrize("changed", [{}, {"whiten": "noise"}, {"density": 0.9}, {"hvp_along": "angles"}], ids=str)
 def test_workers_have_the_same_batches(tmp_path, changed):
     storage = Scratch(tmp_path / "scratch")
     settings = SETTINGS.model_copy(update=changed)
@@ -153,6 +153,7 @@ def test_workers_have_the_same_batches(tmp_path, changed):
         assert a.weight == b.weight
         assert torch.equal(a.own_share, b.own_share)
         assert (a.whitening is None) == (b.whitening is None) == ("whiten" not in changed)
+        assert (a.links is None) == ("hvp_along" not in changed)
         assert (a.density_forces is None) == (b.density_probes is None) == ("density" not in changed)
         for x, y in zip(a, b, strict=True):
             assert not isinstance(x, torch.Tensor) or torch.equal(x, y)
