@@ -22,8 +22,20 @@ import numpy as np
 
 from openmm_hvpcg.units import compute_kt
 
-COLOURS = {"fm": "tab:blue", "hvp": "tab:red", "density": "tab:green", "hvp_density": "tab:orange"}
-NAMES = {"fm": "FM", "hvp": "FM + HVP", "density": "FM + density", "hvp_density": "FM + HVP + density"}
+COLOURS = {
+    "fm": "tab:blue",
+    "hvp": "tab:red",
+    "hvp_bonds": "tab:purple",
+    "density": "tab:green",
+    "hvp_density": "tab:orange",
+}
+NAMES = {
+    "fm": "FM",
+    "hvp": "FM + HVP",
+    "hvp_bonds": "FM + HVP along bonds",
+    "density": "FM + density",
+    "hvp_density": "FM + HVP + density",
+}
 #: Title of each column and where its figure lies in a run: observable, divergence.
 COLUMNS = {
     "KL, mode 1": ("tica1", "kl"),
