@@ -63,6 +63,7 @@ _TRAINING_KEYS = {
     "hvp_weight": "weight of the HVP term in the loss",
     "network_share": "what of the network's energy was kept, 0 to 1; below 1 the held-out frames asked for less",
     "wall_time_s": "wall time of the training (s)",
+    "peak_loss": "largest training loss of an epoch, over that of the priors alone",
 }
 #: Training figures that the report shows and the summary leaves out.
 NOT_SUMMARISED = {
