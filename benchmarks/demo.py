@@ -37,12 +37,11 @@ def time_help() -> float:
 
 
 def find_work(out: Path) -> dict[str, float]:
-    """Seconds of physics and learning in each stage, from what the package notes of its rates and times."""
+    """Seconds of physics in each stage, from what the package notes of its rates and times."""
     log = (out / "log.txt").read_text(encoding="utf-8")
     sampled = re.findall(r"walkers, ([\d.e+-]+) ns at ([\d.e+-]+) ns/day", log)
     calls = [n for path in sorted(out.rglob("*.zarr/zarr.json")) if (n := count_calls(path))]
     return {
-        "epochs": sum(read(path)["metrics"]["wall_time_s"] for path in out.rglob("training.json")),
         "sample": sum(SECONDS_PER_DAY * float(ns) / float(rate) for ns, rate in sampled),
         "label": sum(n / float(rate) for n, rate in zip(calls, re.findall(r": (\d+) force calls/s", log), strict=True)),
         "simulate": sum(read(path)["wall_time_s"] for path in out.rglob("result.json")),
@@ -68,9 +67,9 @@ def main() -> None:
         began = time.perf_counter()
         subprocess.run([COMMAND, "run", str(PROTOCOL), "--out", str(out), "--quiet"], check=True)
         total = time.perf_counter() - began
-        stages, work = read(out / "stages" / "seconds.json"), find_work(out)
-    epochs = work.pop("epochs")
-    work["train"] = stages["train"]
+        stages = read(out / "stages" / "seconds.json")
+        work = {**find_work(out), "train": stages["train"]}
+        epochs = sum(read(path)["metrics"]["wall_time_s"] for path in out.rglob("training.json"))
     rows = {name: {"seconds": t, "work_s": round(work.get(name, 0.0), 1)} for name, t in stages.items()}
     rows["start-up"] = {"seconds": round(total - sum(stages.values()), 1), "work_s": 0.0}
     rest = 1.0 - sum(work.values()) / total

@@ -43,8 +43,7 @@ class RoundProducts(TorchDispatchMode):
         if func.overloadpacket.__name__ in PRODUCTS:
             self.calls += 1
             # The first of addmm and baddbmm is added, not multiplied.
-            factors = 2
-            args = (*args[:-factors], *(self.round(a) for a in args[-factors:]))
+            args = (*args[:-2], *(self.round(a) for a in args[-2:]))
         return func(*args, **(kwargs or {}))
 
     def round(self, values: Tensor) -> Tensor:
@@ -55,7 +54,7 @@ class RoundProducts(TorchDispatchMode):
 
 def evaluate(fit: FitResult, data: LabelledFrames, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rows = np.linspace(0, data.n_frames - 1, min(FRAMES, data.n_frames)).astype(int)
-    species = torch.tensor([fit.spec.species.index(s) for s in data.bead_map.species])
+    species = torch.from_numpy(fit.spec.compute_species_index(data.bead_map))
     energy = bind_network(copy.deepcopy(fit.network).to(dtype), species, Bonded.find(data.bead_map))
     positions, probes = (torch.from_numpy(a[rows]).to(dtype) for a in (data.positions, data.probes))
     return compute_forces_and_hvps(energy, positions, probes)

@@ -139,9 +139,10 @@ def check_potential(
         if eager is not None:
             items += reference.compare("scripted against eager", *_evaluate_eager(eager, frames))
         double = clone_script(script).double()
-        items += _check_gradient(script, double, frames, reference)
-        items += _check_symmetries(double, frames)
-        items += _check_openmm(potential, double, frames, reference, _pair_with_priors(_list_backends(backend)))
+        exact = _Reference.compute(double, frames, compute_kt(potential.spec.temperature_K))
+        items += _check_gradient(double, frames, exact, reference)
+        items += _check_symmetries(double, frames, exact)
+        items += _check_openmm(potential, double, frames, exact, reference, _list_backends(backend))
     return PotentialCheck(tuple(items))
 
 
@@ -209,23 +210,18 @@ def _evaluate_eager(
 
 
 def _check_gradient(
-    script: torch.jit.ScriptModule,
-    double: torch.jit.ScriptModule,
-    frames: NDArray[np.float64],
-    reference: _Reference,
+    double: torch.jit.ScriptModule, frames: NDArray[np.float64], exact: _Reference, reference: _Reference
 ) -> list[CheckItem]:
     """Forces against central differences along random directions, in float64; and float32 against float64."""
     rng = np.random.default_rng(SEED)
     worst, slopes = 0.0, []
-    _, exact = _stack(evaluate_script(double, frame) for frame in frames)
-    for frame, forces in zip(frames, exact, strict=True):
+    for frame, forces in zip(frames, exact.forces, strict=True):
         for _ in range(N_DIRECTIONS):
             direction = rng.normal(size=frame.shape)
             ends = [float(double(torch.from_numpy(frame + s * STEP_NM * direction)).detach()) for s in (1, -1)]
             slope = float(-(forces * direction).sum())
             slopes.append(slope)
             worst = max(worst, _maximum(np.array((ends[0] - ends[1]) / (2 * STEP_NM) - slope)))
-    scale = float(np.sqrt((exact**2).mean())) or 1.0
     return [
         CheckItem(
             "forces against finite differences",
@@ -235,34 +231,35 @@ def _check_gradient(
         ),
         CheckItem(
             "forces against float64",
-            _maximum(reference.forces - exact) / scale,
+            _maximum(reference.forces - exact.forces) / exact.force_scale,
             FLOAT32_FORCE_TOLERANCE,
             FLOAT32_FORCES,
         ),
     ]
 
 
-def _check_symmetries(double: torch.jit.ScriptModule, frames: NDArray[np.float64]) -> list[CheckItem]:
+def _check_symmetries(
+    double: torch.jit.ScriptModule, frames: NDArray[np.float64], exact: _Reference
+) -> list[CheckItem]:
     """In float64, where rounding does not hide an energy that depends on what it must not depend on."""
     rng = np.random.default_rng(SEED)
     rotation, _ = np.linalg.qr(rng.normal(size=(3, 3)))
     rotation *= np.sign(np.linalg.det(rotation))
     order = np.roll(np.arange(len(frames)), 1)
-    energies, alone = _stack(evaluate_script(double, frame) for frame in frames)
     moved, _ = _stack(evaluate_script(double, frame + rng.uniform(-3, 3, size=3)) for frame in frames)
     turned, _ = _stack(evaluate_script(double, frame @ rotation.T) for frame in frames)
     together, forces = evaluate_script(double, frames.reshape(-1, 3))
     swapped, swapped_forces = evaluate_script(double, frames[order].reshape(-1, 3))
     forces, swapped_forces = forces.reshape(frames.shape), swapped_forces.reshape(frames.shape)
-    total = float(energies.sum())
-    energy_scale, force_scale = max(1.0, float(np.abs(energies).max())), float(np.sqrt((alone**2).mean())) or 1.0
+    energies, total = exact.energies, float(exact.energies.sum())
+    energy_scale = max(1.0, float(np.abs(energies).max()))
     deviations = {
         "translation": (moved - energies) / energy_scale,
         "rotation": (turned - energies) / energy_scale,
         "copies together against one by one: energy": np.array([together - total]) / (energy_scale * len(frames)),
-        "copies together against one by one: forces": (forces - alone) / force_scale,
+        "copies together against one by one: forces": (forces - exact.forces) / exact.force_scale,
         "permutation of like molecules: energy": np.array([swapped - total]) / (energy_scale * len(frames)),
-        "permutation of like molecules: forces": (swapped_forces - forces[order]) / force_scale,
+        "permutation of like molecules: forces": (swapped_forces - forces[order]) / exact.force_scale,
     }
     reason = "in float64: rounding of distances far from the origin, and of sums in another order"
     return [CheckItem(name, _maximum(values), SYMMETRY_TOLERANCE, reason) for name, values in deviations.items()]
@@ -272,22 +269,22 @@ def _check_openmm(
     potential: CGPotential,
     double: torch.jit.ScriptModule,
     frames: NDArray[np.float64],
+    exact: _Reference,
     reference: _Reference,
-    pairs: list[tuple[str, str]],
+    backends: list[str],
 ) -> list[CheckItem]:
     items = []
-    for backend, priors in pairs:
+    # Each of both once: whose priors it is makes no difference to a backend.
+    for backend, priors in ((backends[0], "native"), (backends[-1], "torch")):
         system = potential.createSystem(backend=backend, priors=priors)
         context = _open_context(system)
         items += reference.compare(f"OpenMM {backend}, {priors} priors", *_evaluate(context, frames))
         if priors == "native":
             groups = {force.getForceGroup() for force in system.getForces()} - {NETWORK_GROUP}
             native_energies, native = _evaluate(context, frames, groups)
-    double.include_priors = True
-    total = _stack(evaluate_script(double, frame) for frame in frames)
     double.include_priors = False
     network = _stack(evaluate_script(double, frame) for frame in frames)
-    energies, forces = total[0] - network[0], total[1] - network[1]
+    energies, forces = exact.energies - network[0], exact.forces - network[1]
     reason = "both in float64; parameters may have been stored in float32"
     return [
         *items,
@@ -316,11 +313,6 @@ def _list_backends(backend: str) -> list[str]:
         except BackendError as error:
             logger.warning("%s is not checked: %s", name, error)
     return found
-
-
-def _pair_with_priors(backends: list[str]) -> list[tuple[str, str]]:
-    """Backends and priors to check: each of both once. Whose priors it is makes no difference to a backend."""
-    return [(backends[0], "native"), (backends[-1], "torch")]
 
 
 def _open_context(system: openmm.System) -> openmm.Context:

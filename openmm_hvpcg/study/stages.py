@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,6 @@ def _sample_part(study: Study, name: str, walkers: Sequence[int]) -> list[int]:
     return todo
 
 
-def _label(study: Study) -> None:
-    _do_units(study, "label")
-
-
 def _label_molecule(study: Study, name: str) -> None:
     if study.protocol.labels.averaging is not None:
         warn_of_fast_bonds(_build_system(study, name), study.protocol.labels.averaging.timestep_fs)
@@ -147,10 +144,6 @@ def _collect_label_inputs(study: Study, name: str) -> tuple[AtomisticSystem, Fra
     return system, frames, _build_map(study, name), study.protocol.labels, study.dataset_path(name)
 
 
-def _reference(study: Study) -> None:
-    _do_units(study, "reference")
-
-
 def _reference_molecule(study: Study, name: str) -> None:
     frames = _load_frames(study, name)
     system = _build_system(study, name)
@@ -166,10 +159,6 @@ def _reference_molecule(study: Study, name: str) -> None:
         study.reference_path(name),
         progress=study.progress,
     )
-
-
-def _train(study: Study) -> None:
-    _do_units(study, "train")
 
 
 def _train_arm(study: Study, arm: str) -> None:
@@ -193,10 +182,6 @@ def _train_arm(study: Study, arm: str) -> None:
         figures["epochs"],
         figures["best_epoch"] + 1,
     )
-
-
-def _export(study: Study) -> None:
-    _do_units(study, "export")
 
 
 def _export_arm(study: Study, arm: str) -> None:
@@ -264,19 +249,6 @@ def _compare(study: Study) -> dict[str, Any]:
     return read_record(study.find_output("compare", "report"))
 
 
-#: Stage name -> what runs it, in order.
-STAGES: dict[str, Callable[[Study], Any]] = {
-    "sample": _sample,
-    "label": _label,
-    "reference": _reference,
-    "train": _train,
-    "export": _export,
-    "evaluate": _evaluate,
-    "simulate": _simulate,
-    "compare": _compare,
-}
-
-
 @dataclass(frozen=True)
 class UnitWork:
     """What is done for one unit of a stage, here or by a worker of a cluster.
@@ -320,6 +292,19 @@ def _do_units(study: Study, stage: str) -> None:
         _build_map(study, molecule)
     for unit in study.cluster.map_units(study, stage, left, UNIT_WORK[stage]):
         study.mark_done(stage, unit)
+
+
+#: Stage name -> what runs it, in order.
+STAGES: dict[str, Callable[[Study], Any]] = {
+    "sample": _sample,
+    "label": partial(_do_units, stage="label"),
+    "reference": partial(_do_units, stage="reference"),
+    "train": partial(_do_units, stage="train"),
+    "export": partial(_do_units, stage="export"),
+    "evaluate": _evaluate,
+    "simulate": _simulate,
+    "compare": _compare,
+}
 
 
 def _each_unit(study: Study, stage: str, units: list[str]) -> Iterator[str]:

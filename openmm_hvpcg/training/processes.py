@@ -187,7 +187,10 @@ def save_prepared(prepared: Prepared, folder: Path) -> None:
         "force_noise": prepared.force_noise,
         "sizes": [
             (
-                *(len(m.positions), m.probes.shape[1], m.species.tolist(), [rows.tolist() for rows in m.bonded]),
+                len(m.positions),
+                m.probes.shape[1],
+                m.species.tolist(),
+                [rows.tolist() for rows in m.bonded],
                 None if m.links is None else m.links.tolist(),
             )
             for m in prepared.molecules

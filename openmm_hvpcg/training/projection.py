@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from openmm_hvpcg.prior_terms import build_prior_geometry
 
 #: Keeps J J^T regular where links are more than the directions they can span; its diagonal is 2.
 RIDGE = 1e-9
@@ -20,12 +20,11 @@ SOFT_RIDGE = 1e-4
 
 def list_links(bonds: NDArray[np.int64], along: str) -> NDArray[np.int64]:
     """Pairs (n, 2) of beads between which curvature is large: ``bonds``; with ``angles`` ends of two in a row, too."""
-    pairs = [tuple(sorted(bond)) for bond in bonds.tolist()]
-    links = list(pairs)
-    for first, second in itertools.combinations(pairs, 2) if along == "angles" else ():
-        ends = tuple(sorted(set(first) ^ set(second)))
-        if len(ends) == 2 and ends not in links:
-            links.append(ends)
+    links = [tuple(bond) for bond in bonds.tolist()]
+    if along == "angles":
+        angles = build_prior_geometry(bonds, int(bonds.max(initial=-1)) + 1).angles
+        known = {tuple(sorted(link)) for link in links}
+        links += [ends for ends in dict.fromkeys((a, b) for a, _, b in angles.tolist()) if ends not in known]
     return np.array(links, dtype=np.int64).reshape(-1, 2)
 
 

@@ -23,6 +23,7 @@ from openmm_hvpcg.config import MoleculeSettings, Protocol
 from openmm_hvpcg.frames import Frames
 from openmm_hvpcg.mapping import BeadMap, build_bead_map
 from openmm_hvpcg.training.dataset import LabelledFrames
+from openmm_hvpcg.training.labels.label import label_frames
 
 FORMAT_VERSION = 1
 MANTISSA_BITS = 12
@@ -49,6 +50,12 @@ def build_map(protocol: Protocol, topology: md.Topology) -> BeadMap:
     if not isinstance(protocol.mapping.beads, str):
         raise SystemExit("this study takes a selection, not a JSON map")
     return build_bead_map(protocol.mapping.beads, topology, ends=protocol.mapping.ends)
+
+
+def label_peptide(protocol: Protocol, system: AtomisticSystem, frames: Frames, path: Path) -> LabelledFrames:
+    """Labels of all frames, by one process: peptides are labelled side by side."""
+    settings = protocol.labels.model_copy(update={"workers": 1, "platform": "Reference", "max_frames": None})
+    return label_frames(system, frames, build_map(protocol, system.topology), settings, path, progress=False)
 
 
 def round_mantissas(values: NDArray[np.float32], bits: int = MANTISSA_BITS) -> NDArray[np.float32]:

@@ -5,7 +5,7 @@
     python protocols/unseen_peptides/run.py reference SAMPLES   beads of the sampled test peptides     -> data/
     python protocols/unseen_peptides/run.py study --out OUT     trains, simulates, compares, from what is in data/
 
-With `--protocol .../many.yaml --labels LABELS` the study trains on ten times the peptides, a tenth of the frames of
+With `--protocol .../many.yaml --labels LABELS` the study trains on seven times the peptides, a tenth of the frames of
 each; their labels are made by sample_many.py.
 
 Every piece goes on where it was stopped. OUT/results.json holds what is finished; `report.py` makes tables and plots
@@ -34,6 +34,7 @@ from peptides import (
     REFERENCES,
     build_map,
     build_system,
+    label_peptide,
     list_peptides,
     load_labels,
     load_reference,
@@ -50,7 +51,6 @@ from openmm_hvpcg.simulation import load_run, simulate
 from openmm_hvpcg.storage import write_json
 from openmm_hvpcg.training.export import export_potential
 from openmm_hvpcg.training.fit import fit_potential
-from openmm_hvpcg.training.labels.label import label_frames
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "data" / "unseen_peptides"
@@ -161,9 +161,7 @@ def label_one(protocol: Protocol, name: str, samples: Path, facts: dict[str, Any
         provenance={"system_hash": system.system_hash, "sampling": facts["sampling"]},
     )
     # sample_crowd.py kept as many frames as are labelled.
-    settings = protocol.labels.model_copy(update={"workers": 1, "platform": "Reference", "max_frames": None})
-    bead_map = build_map(protocol, system.topology)
-    return label_frames(system, frames, bead_map, settings, scratch / f"{name}.zarr", progress=False)
+    return label_peptide(protocol, system, frames, scratch / f"{name}.zarr")
 
 
 def make_references(protocol: Protocol, samples: Path, data: Path) -> None:

@@ -23,14 +23,14 @@ import openmm
 import torch
 from numpy.typing import NDArray
 from openmm import unit
-from peptides import build_map, build_system, list_peptides, save_labels
+from peptides import build_system, label_peptide, list_peptides, save_labels
 from run import count_frames
 from sample_crowd import STARTS
 
+from openmm_hvpcg.atomistic.periodic import recentre
 from openmm_hvpcg.config import MoleculeSettings, Protocol, load_protocol
 from openmm_hvpcg.frames import Frames
 from openmm_hvpcg.training.dataset import load_dataset
-from openmm_hvpcg.training.labels.label import label_frames
 
 HERE = Path(__file__).resolve().parent
 WALKERS = 4
@@ -87,7 +87,7 @@ def make_one(protocol: Protocol, molecule: MoleculeSettings, seed: int, scratch:
         for _ in range(each):
             integrator.step(STRIDE)
             x = context.getState(getPositions=True).getPositions(asNumpy=True).value_in_unit(unit.nanometer)
-            positions.append(np.asarray(x) - np.asarray(x).mean(axis=0))
+            positions.append(recentre(x))
     frames = Frames(
         np.stack(positions).astype(np.float32),
         system.topology,
@@ -96,10 +96,9 @@ def make_one(protocol: Protocol, molecule: MoleculeSettings, seed: int, scratch:
         interval_ps=STRIDE * TIMESTEP_PS,
         provenance={"system_hash": system.system_hash, "sampling": "sample_many.py", "seed": seed + 1},
     )
-    settings = protocol.labels.model_copy(update={"workers": 1, "platform": "Reference", "max_frames": None})
     unfinished, path = scratch / f"{molecule.name}.part.zarr", scratch / f"{molecule.name}.zarr"
     shutil.rmtree(unfinished, ignore_errors=True)
-    label_frames(system, frames, build_map(protocol, system.topology), settings, unfinished, progress=False)
+    label_peptide(protocol, system, frames, unfinished)
     unfinished.rename(path)
     return f"{molecule.name}: {system.n_atoms} atoms, {time.perf_counter() - began:.0f} s"
 
