@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -157,7 +158,13 @@ class TrainingSettings(Settings):
     validation_fraction: float = Field(0.2, gt=0, lt=1)
     validation_blocks: int = Field(5, ge=1, description="time blocks that make up the validation set")
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
-    devices: int = Field(1, ge=1, description="GPUs, or processes on CPUs, that share every batch")
+    devices: int = Field(1, ge=1, description="GPUs, or processes on CPUs, that share every batch; of each machine")
+    hosts: list[str] = Field(
+        default_factory=list,
+        description="other machines that share every batch, with as many devices each; they see the output folder and"
+        " the Python environment at the same paths",
+    )
+    launch: str = Field("ssh {host}", description="what starts a command on one of the hosts")
     memory_gb: float | None = Field(
         None, gt=0, description="labels larger than this are read from files as they are needed; null: all in memory"
     )
@@ -169,6 +176,34 @@ class TrainingSettings(Settings):
         if not isinstance(value, str) and value < 0:
             raise ValueError(f"expected balanced, or a number of at least 0, got {value}")
         return value
+
+    @field_validator("hosts")
+    @classmethod
+    def _distinct(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value) or not all(value):
+            raise ValueError(f"expected distinct names of machines other than this one, got {value}")
+        return value
+
+    @field_validator("launch")
+    @classmethod
+    def _names_the_host(cls, value: str) -> str:
+        try:
+            words = shlex.split(value.format(host="HOST"))
+        except (ValueError, KeyError, IndexError) as error:
+            raise ValueError(f"expected a command with {{host}} in it, got {value!r} ({error})") from error
+        if not any("HOST" in word for word in words):
+            raise ValueError(f"expected a command with {{host}} in it, such as 'ssh {{host}}', got {value!r}")
+        return value
+
+    @property
+    def n_machines(self) -> int:
+        """Machines that train together, this one among them."""
+        return 1 + len(self.hosts)
+
+    @property
+    def n_processes(self) -> int:
+        """Processes that share every batch."""
+        return self.devices * self.n_machines
 
     @model_validator(mode="after")
     def _whiten_alone(self) -> TrainingSettings:
@@ -201,4 +236,4 @@ TRAINING_BEFORE: dict[str, Any] = {
 #: What networks trained before these keys existed were built with.
 MODEL_BEFORE: dict[str, Any] = {"options": None, "torsions": False, "chiral_channels": 0}
 #: Keys of a training that change nothing of its result.
-TRAINING_FREE = ("memory_gb",)
+TRAINING_FREE = ("memory_gb", "hosts", "launch")

@@ -117,7 +117,7 @@ def train_network(
     """
     n_beads = max(group.positions.shape[1] for group in prepared.groups)
     share = -(-settings.batch_size // place.n_ranks)
-    threads = min(choose_torch_threads(n_beads, share, TRAINING_PAIRS), max(1, count_cores() // place.n_ranks))
+    threads = min(choose_torch_threads(n_beads, share, TRAINING_PAIRS), max(1, count_cores() // place.n_devices))
     with use_torch_threads(threads):
         return _run_lightning(prepared, settings, model, folder, place, progress)
 
@@ -155,7 +155,8 @@ def _run_lightning(
         recorder.advance = advance
         trainer = lightning.Trainer(
             accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[settings.accelerator],
-            devices=place.n_ranks,
+            devices=place.n_devices,
+            num_nodes=place.n_machines,
             strategy="auto" if place.n_ranks == 1 else SharedStrategy(),
             plugins=None if place.n_ranks == 1 else [ProcessPlace(place)],
             max_epochs=settings.max_epochs,

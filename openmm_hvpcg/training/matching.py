@@ -133,7 +133,11 @@ class MatchingModule(lightning.LightningModule):
         self.trainer.strategy.barrier()
         if self.hvp_weight > 0 and self._pools and since >= 0 and since % every == 0:
             self.prepared.pool_covariances(self._compute_residuals())
+            if self.trainer.num_nodes > 1:
+                self.prepared.storage.publish()
         self.trainer.strategy.barrier()
+        if self.trainer.num_nodes > 1:
+            self.prepared.storage.refresh()
 
     def _compute_residuals(self) -> list[Tensor]:
         """Force residuals (F, B, 3) of every molecule at the frames that covariances are fitted to."""

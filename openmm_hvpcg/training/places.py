@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
@@ -14,11 +15,33 @@ HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Place:
-    """The ``rank``-th of ``n_ranks`` processes, which meet at ``port``."""
+    """The ``rank``-th of ``n_ranks`` processes on ``n_machines``, which meet at ``port`` of the first one's address."""
 
     rank: int
     n_ranks: int
     port: int
+    n_machines: int = 1
+    address: str = HOST
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> Place:
+        """Inverse of :meth:`to_words`."""
+        rank, n_ranks, port, n_machines = map(int, words[:4])
+        return cls(rank, n_ranks, port, n_machines, words[4])
+
+    def to_words(self) -> list[str]:
+        """As arguments of a command."""
+        return [str(value) for value in astuple(self)]
+
+    @property
+    def n_devices(self) -> int:
+        """Processes on each machine."""
+        return self.n_ranks // self.n_machines
+
+    @property
+    def machine(self) -> int:
+        """Which machine this is, from 0."""
+        return self.rank // self.n_devices
 
 
 ALONE = Place(0, 1, 0)
@@ -39,7 +62,7 @@ class ProcessPlace(LightningEnvironment):
     @property
     def main_address(self) -> str:
         """Where the first process is."""
-        return HOST
+        return self.place.address
 
     @property
     def main_port(self) -> int:
@@ -47,12 +70,12 @@ class ProcessPlace(LightningEnvironment):
         return self.place.port
 
     def local_rank(self) -> int:
-        """Which one this is, and with that its device."""
-        return self.place.rank
+        """Which one of its machine this is, and with that its device."""
+        return self.place.rank % self.place.n_devices
 
     def node_rank(self) -> int:
-        """One machine only."""
-        return 0
+        """Which machine this is."""
+        return self.place.machine
 
 
 class SharedStrategy(DDPStrategy):

@@ -2,7 +2,8 @@
 
 The first process is the one that was asked to train. It starts the others on :mod:`openmm_hvpcg.training.worker`, which
 need no more than its folder: settings and tensors lie there in files, and the tensors are mapped into the memory of
-all. They end with it: each watches a pipe from it.
+all. They end with it: each watches a pipe from it. On other machines they are started by ssh or the like, which passes
+the pipes on; the folder has to lie on a file system of all.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import contextlib
 import json
 import logging
 import os
+import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +26,7 @@ import torch
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 from openmm_hvpcg.config import ModelSettings, TrainingSettings
-from openmm_hvpcg.errors import BackendError, HVPCGError
+from openmm_hvpcg.errors import BackendError, ConfigError, HVPCGError
 from openmm_hvpcg.potential import PotentialSpec
 from openmm_hvpcg.storage import write_json
 from openmm_hvpcg.training.batches import FrameGroup, MoleculeSize
@@ -31,7 +34,7 @@ from openmm_hvpcg.training.dataset import LabelledFrames
 from openmm_hvpcg.training.loop import Trained, train_network
 from openmm_hvpcg.training.losses import LossScales
 from openmm_hvpcg.training.models.torsions import Bonded
-from openmm_hvpcg.training.places import Place
+from openmm_hvpcg.training.places import HOST, Place
 from openmm_hvpcg.training.preparation import Prepared
 from openmm_hvpcg.training.scratch import Memory, Scratch, Storage
 
@@ -46,6 +49,8 @@ PATIENCE_S = 20.0
 LOST_S = 5.0
 start_process = subprocess.Popen
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+#: Environment variables that processes on other machines get, too: how to talk to each other, and threads.
+HANDED_ON = ("GLOO_", "NCCL_", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @contextlib.contextmanager
@@ -55,7 +60,7 @@ def open_storage(datasets: Sequence[LabelledFrames], settings: TrainingSettings,
     Files are used where the tensors are larger than ``training.memory_gb``, and where processes share them.
     """
     size_gb = sum(count_bytes(d, settings) for d in datasets) / 1e9
-    if settings.devices == 1 and (settings.memory_gb is None or size_gb <= settings.memory_gb):
+    if settings.n_processes == 1 and (settings.memory_gb is None or size_gb <= settings.memory_gb):
         yield Memory()
         return
     scratch = Scratch(folder / SCRATCH)
@@ -77,47 +82,77 @@ def count_bytes(dataset: LabelledFrames, settings: TrainingSettings) -> int:
 def train_in_processes(
     prepared: Prepared, settings: TrainingSettings, model: ModelSettings, folder: Path, progress: bool
 ) -> Trained:
-    """Train on ``settings.devices`` devices, a process each.
+    """Train on ``settings.devices`` devices of this machine and of each of ``settings.hosts``, a process a device.
 
     Raises
     ------
     BackendError
         Another process ended before its time.
     """
-    if settings.devices == 1:
+    if settings.n_processes == 1:
         return train_network(prepared, settings, model, folder, progress=progress)
     save_prepared(prepared, folder / SCRATCH)
-    with _start_workers(folder, settings.devices) as place:
+    prepared.storage.publish()
+    with _start_workers(folder, settings) as place:
         return train_network(prepared, settings, model, folder, place, progress=progress)
 
 
+def _find_address(settings: TrainingSettings) -> str:
+    """Where the other processes find this one."""
+    return HOST if not settings.hosts else os.environ.get("MASTER_ADDR") or socket.gethostname()
+
+
+def build_command(folder: Path, place: Place, settings: TrainingSettings) -> list[str]:
+    """What starts the process of a place.
+
+    Raises
+    ------
+    ConfigError
+        The shell of another machine would take a part of the command apart.
+    """
+    command = [sys.executable, "-m", "openmm_hvpcg.training.worker", os.path.abspath(folder), *place.to_words()]
+    paths = os.pathsep.join(os.path.abspath(p) for p in sys.path)
+    handed_on = {name: value for name, value in os.environ.items() if name.startswith(HANDED_ON)}
+    command = ["env", *(f"{name}={value}" for name, value in (handed_on | {"PYTHONPATH": paths}).items()), *command]
+    if place.machine == 0:
+        return command
+    for word in command:
+        if shlex.quote(word) != word:
+            raise ConfigError(
+                "training.hosts: a shell would take a part of the command apart that starts a process there",
+                got=repr(word),
+                expected="letters, digits and @%+=:,./-_",
+                hint="take folders with such names",
+            )
+    return [*shlex.split(settings.launch.format(host=settings.hosts[place.machine - 1])), *command]
+
+
+def _wait_until_ready(worker: subprocess.Popen[bytes]) -> bool:
+    """Whether it has loaded everything; what a login shell has to say first is passed over."""
+    return worker.stdout is not None and any(line == READY for line in iter(worker.stdout.readline, b""))
+
+
 @contextlib.contextmanager
-def _start_workers(folder: Path, n_ranks: int) -> Iterator[Place]:
+def _start_workers(folder: Path, settings: TrainingSettings) -> Iterator[Place]:
     """Start the other processes; gives this one's place among them."""
-    place = Place(0, n_ranks, find_free_network_port())
+    place = Place(0, settings.n_processes, find_free_network_port(), settings.n_machines, _find_address(settings))
+    commands = [build_command(folder, replace(place, rank=rank), settings) for rank in range(1, place.n_ranks)]
+    if settings.hosts:
+        logger.info("%s: %d processes on each of %s", folder.name, place.n_devices, ", ".join(settings.hosts))
     log_path = folder / "logs" / "workers.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    paths = [os.path.abspath(p) for p in sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     before = {name: os.environ.get(name) for name in _ADDRESS}
     workers: list[subprocess.Popen[bytes]] = []
     try:
         with open(log_path, "wb") as log:
-            for rank in range(1, n_ranks):
-                command = [sys.executable, "-m", "openmm_hvpcg.training.worker", str(folder)]
-                command += [str(rank), str(n_ranks), str(place.port)]
+            for command in commands:
                 # Away from the terminal: an interruption is this process's to handle.
                 worker = start_process(
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    env=environment,
-                    start_new_session=True,
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
                 )
                 workers.append(worker)
         for worker in workers:
-            if worker.stdout is None or worker.stdout.readline() != READY:
+            if not _wait_until_ready(worker):
                 raise _explain(log_path)
         yield place
         if any(worker.wait(PATIENCE_S) != 0 for worker in workers):

@@ -32,6 +32,12 @@ class Storage(Protocol):
     def release(self) -> None:
         """Keep nothing of the tensors in memory that lies in files."""
 
+    def publish(self) -> None:
+        """Bring what was written where other machines can read it."""
+
+    def refresh(self) -> None:
+        """See what another machine has published."""
+
 
 class Memory:
     """Tensors in memory."""
@@ -46,6 +52,8 @@ class Memory:
 
     def release(self) -> None:
         """Nothing to do."""
+
+    publish = refresh = release
 
 
 class Scratch:
@@ -109,6 +117,19 @@ class Scratch:
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapped in self._maps:
                 mapped.madvise(mmap.MADV_DONTNEED)
+
+    def publish(self) -> None:
+        """Write to the disk, or the server, what is still in this machine's memory."""
+        with explain_disk_errors(self.folder):
+            for mapped, (_, _, file) in zip(self._maps, self._files, strict=True):
+                mapped.flush()
+                os.fsync(file.fileno())
+
+    def refresh(self) -> None:
+        """Open the files again: a network file system then looks whether what it remembers of them is out of date."""
+        for _, _, file in self._files:
+            with explain_disk_errors(file.name), open(file.name, "rb"):
+                pass
 
     def delete(self) -> None:
         """Remove the files; what was given keeps its memory."""

@@ -1,4 +1,4 @@
-"""A further process of a training: ``python -m openmm_hvpcg.training.worker FOLDER RANK N_RANKS PORT``.
+"""A further process of a training: ``python -m openmm_hvpcg.training.worker FOLDER PLACE``, a place in five words.
 
 Started by :mod:`openmm_hvpcg.training.processes`, and of no use by hand.
 """
@@ -39,4 +39,4 @@ def _end_with_the_first() -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Place(*map(int, sys.argv[2:5])))
+    main(Path(sys.argv[1]), Place.parse(sys.argv[2:]))

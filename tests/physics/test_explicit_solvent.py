@@ -100,7 +100,8 @@ def test_the_box_cuts_the_molecule(dipeptide: AtomisticSystem, trajectories: dic
 
 def test_labels_do_not_see_where_the_box_cuts(labelled: dict[str, tuple[Frames, LabelledFrames, Path]]) -> None:
     whole, broken = labelled["whole"][1], labelled["broken"][1]
-    # What is left is the labels' own single precision (1e-7 of forces and HVPs), and rounding in double of wrapped distances.
+    # What is left is the labels' own single precision, 1e-7 of forces and HVPs, and rounding in double of wrapped
+    # distances.
     np.testing.assert_allclose(broken.positions, whole.positions, atol=1e-6)
     np.testing.assert_array_equal(broken.probes, whole.probes)
     np.testing.assert_allclose(broken.forces, whole.forces, rtol=1e-5, atol=1e-3)

@@ -152,6 +152,8 @@ DEFAULTS: dict[str, Any] = {
         "validation_blocks": 5,
         "accelerator": "auto",
         "devices": 1,
+        "hosts": [],
+        "launch": "ssh {host}",
         "memory_gb": None,
         "seed": 3,
     },

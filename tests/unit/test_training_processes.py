@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from training_cases import build_labels
 
 from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
-from openmm_hvpcg.errors import BackendError
+from openmm_hvpcg.errors import BackendError, ConfigError
 from openmm_hvpcg.training import fit as fit_module
 from openmm_hvpcg.training import processes as processes_module
 from openmm_hvpcg.training.batches import BatchIndex, FrameBatches
 from openmm_hvpcg.training.fit import FitResult, fit_potential
 from openmm_hvpcg.training.matching import MatchingModule
+from openmm_hvpcg.training.places import Place, ProcessPlace
 from openmm_hvpcg.training.preparation import prepare
 from openmm_hvpcg.training.processes import load_prepared, save_prepared
 from openmm_hvpcg.training.scratch import Scratch
@@ -90,6 +92,76 @@ def test_two_processes_train_as_one(alone, tmp_path, monkeypatch):
     assert names[0] <= names[1]
     for a, b in zip(two.network.parameters(), one.network.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch) -> TrainingSettings:
+    """Two machines: what stands for ssh runs the command by a shell that knows nothing of our environment."""
+    script = tmp_path / "reach"
+    script.write_text(
+        """#!/bin/sh
+host=$1; shift
+[ "$host" = elsewhere ] || { echo "reach: no such machine: $host" >&2; exit 255; }
+echo "Welcome to $host"
+exec env -i PATH="$PATH" HOME="$HOME" sh -c "$*"
+"""
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    return SETTINGS.model_copy(update={"hosts": ["elsewhere"], "launch": f"{script} {{host}}"})
+
+
+def test_two_machines_train_as_one(alone, remote, tmp_path, monkeypatch):
+    """The tolerance is that of two processes; the covariances that the first one pools reach the other."""
+    started = []
+    genuine = processes_module.start_process
+
+    def start(command, **keywords):
+        started.append(command)
+        return genuine(command, **keywords)
+
+    monkeypatch.setattr(processes_module, "start_process", start)
+    published = []
+    publish = Scratch.publish
+    monkeypatch.setattr(Scratch, "publish", lambda self: (published.append(1), publish(self)))
+    two = train(tmp_path / "fit", remote)
+    np.testing.assert_allclose(flatten(two.curves), flatten(alone[1].curves), rtol=1e-4)
+    (command,) = started
+    assert command[1] == "elsewhere"
+    assert "GLOO_SOCKET_IFNAME=lo" in command
+    # Once before the other one starts, and with each pooling.
+    assert len(published) == 1 + SETTINGS.max_epochs
+    # The machines are no part of what a training is made from: it may go on elsewhere.
+    again = train(tmp_path / "fit", SETTINGS)
+    assert again.curves == two.curves
+
+
+def test_machine_that_cannot_be_reached_is_reported(remote, tmp_path):
+    lost = remote.model_copy(update={"hosts": ["nowhere"]})
+    with pytest.raises(BackendError, match="reach: no such machine: nowhere"):
+        train(tmp_path / "fit", lost)
+    assert not (tmp_path / "fit" / "scratch").exists()
+
+
+def test_command_for_a_shell_is_refused_where_it_would_break(remote, tmp_path):
+    with pytest.raises(ConfigError, match="a shell would take a part of the command apart"):
+        train(tmp_path / "two words", remote)
+
+
+def test_places_of_two_machines():
+    place = Place(5, 8, 1234, 2, "first")
+    assert Place.parse(place.to_words()) == place
+    assert (place.n_devices, place.machine) == (4, 1)
+    environment = ProcessPlace(place)
+    assert (environment.local_rank(), environment.node_rank()) == (1, 1)
+    assert (environment.main_address, environment.main_port) == ("first", 1234)
+
+
+@pytest.mark.parametrize("changed", [{"hosts": ["a", "a"]}, {"launch": "ssh"}, {"launch": "ssh {node}"}], ids=str)
+def test_wrong_hosts_are_refused(changed):
+    with pytest.raises(ValidationError, match="expected"):
+        TrainingSettings.model_validate(changed)
 
 
 def test_lost_process_is_reported(tmp_path, monkeypatch):
