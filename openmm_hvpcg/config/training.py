@@ -139,6 +139,11 @@ class TrainingSettings(Settings):
         " from projected forces; they must be an equilibrium ensemble; about 0.9 for C-alpha beads, 0.4 for backbone"
         " beads",
     )
+    committee: int = Field(
+        1,
+        ge=1,
+        description="networks trained one after the other, each from its own seed; their mean is the arm's",
+    )
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     schedule: Literal["plateau", "cosine"] = Field(
@@ -232,6 +237,7 @@ TRAINING_BEFORE: dict[str, Any] = {
     "schedule": "plateau",
     "frames_per_molecule": None,
     "devices": 1,
+    "committee": 1,
 }
 #: What networks trained before these keys existed were built with.
 MODEL_BEFORE: dict[str, Any] = {"options": None, "torsions": False, "chiral_channels": 0}

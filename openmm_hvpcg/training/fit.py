@@ -34,6 +34,7 @@ from openmm_hvpcg.training.evaluation import choose_network_share, evaluate_netw
 from openmm_hvpcg.training.loop import TRAINING_PAIRS, build_new_network
 from openmm_hvpcg.training.matching import get_hvp_weight
 from openmm_hvpcg.training.models.check import check_model, takes_many_molecules
+from openmm_hvpcg.training.models.committee import combine_networks
 from openmm_hvpcg.training.models.registry import build_base, describe_source, scale_energy
 from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared, prepare
 from openmm_hvpcg.training.processes import open_storage, train_in_processes
@@ -41,6 +42,8 @@ from openmm_hvpcg.training.processes import open_storage, train_in_processes
 logger = logging.getLogger(__name__)
 
 RESULT_NAME = "training.json"
+#: Folder of the trainings of a committee.
+MEMBERS = "members"
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def fit_potential(
     ----------
     datasets : labels of every training molecule, all at one temperature
     training, model, priors : settings, an arm's overrides applied
-    folder : gets ``checkpoints/``, ``logs/`` (CSV and TensorBoard) and, at the end, ``training.json``
+    folder : gets ``checkpoints/``, ``logs/`` (CSV and TensorBoard) and, at the end, ``training.json``; of a committee
+        each network has such a folder in ``members/``
     arm : name of the arm, recorded
     progress : show a progress bar
 
@@ -109,6 +113,11 @@ def fit_potential(
         return load_fit(folder)
     mixed = _check_foreign(datasets, model) if model.is_foreign else True
     _check_devices(training)
+    members = None
+    if training.committee > 1:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "made_from.json", made_from)
+        members = _fit_members(datasets, training, model, priors, folder, arm, progress)
     datasets = [d.thin(training.frames_per_molecule) for d in datasets]
     threads = choose_torch_threads(max((d.bead_map.n_beads for d in datasets), default=1), CHUNK_FRAMES, TRAINING_PAIRS)
     with (
@@ -117,30 +126,74 @@ def fit_potential(
         open_storage(datasets, training, folder) as storage,
     ):
         prepared = prepare(datasets, training, model, priors, made_from, mixed=mixed, storage=storage)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "made_from.json", made_from)
-        began = time.perf_counter()
-        trained = train_in_processes(prepared, training, model, folder, progress)
-        network = _load_network(trained.best, prepared.spec, model)
-        first, *rest = trained.recorder.curves
-        course = {
-            "peak_loss": max(row["train_loss"] for row in rest) / first["val_loss"],
-            "epochs": trained.n_epochs,
-            "best_epoch": int(torch.load(trained.best, weights_only=True)["epoch"]),
-            "wall_time_s": trained.recorder.seconds_before + time.perf_counter() - began,
-        }
+        if members is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "made_from.json", made_from)
+            network, course, curves, best = _train_one(prepared, training, model, folder, progress)
+        else:
+            network, course, curves = _combine(members)
+            best = None
         metrics = _judge(network, prepared, datasets, training, arm, course)
-    curves = trained.recorder.curves
     spec = replace(prepared.spec, metrics=metrics, provenance=prepared.spec.provenance | describe_source(model))
     content = {
         "spec": json.loads(spec.to_json()),
-        "best": trained.best.name,
+        **({"best": best} if members is None else {"committee": len(members)}),
         "network_share": metrics["network_share"],
         "curves": curves,
         "metrics": metrics,
     }
     write_json(folder / RESULT_NAME, content)
     return FitResult(network, spec, metrics, curves)
+
+
+def _train_one(
+    prepared: Prepared, training: TrainingSettings, model: ModelSettings, folder: Path, progress: bool
+) -> tuple[torch.nn.Module, dict[str, Any], list[dict[str, float]], str]:
+    """The network of the best epoch, how the training went, its curves, and the name of the checkpoint."""
+    began = time.perf_counter()
+    trained = train_in_processes(prepared, training, model, folder, progress)
+    first, *rest = trained.recorder.curves
+    course = {
+        "peak_loss": max(row["train_loss"] for row in rest) / first["val_loss"],
+        "epochs": trained.n_epochs,
+        "best_epoch": int(torch.load(trained.best, weights_only=True)["epoch"]),
+        "wall_time_s": trained.recorder.seconds_before + time.perf_counter() - began,
+    }
+    network = _load_network(trained.best, prepared.spec, model)
+    return network, course, trained.recorder.curves, trained.best.name
+
+
+def _fit_members(
+    datasets: Sequence[LabelledFrames],
+    training: TrainingSettings,
+    model: ModelSettings,
+    priors: PriorSettings,
+    folder: Path,
+    arm: str,
+    progress: bool,
+) -> list[FitResult]:
+    """The networks of a committee, each a training of its own in a folder of its own."""
+    found = []
+    for k in range(training.committee):
+        alone = training.model_copy(update={"committee": 1, "seed": training.seed + k})
+        place = folder / MEMBERS / str(k)
+        logger.info("%s: network %d of %d", arm or folder.name, k + 1, training.committee)
+        found.append(fit_potential(datasets, alone, model, priors, place, arm=arm, progress=progress))
+    return found
+
+
+def _combine(members: Sequence[FitResult]) -> tuple[torch.nn.Module, dict[str, Any], list[dict[str, Any]]]:
+    """The mean of the networks, how their trainings went, and the means of their curves over the epochs all had."""
+    metrics = [m.metrics for m in members]
+    course = {key: max(m[key] for m in metrics) for key in ("peak_loss", "epochs", "best_epoch")}
+    curves = [_average_rows(rows) for rows in zip(*(m.curves for m in members), strict=False)]
+    course["wall_time_s"] = sum(m["wall_time_s"] for m in metrics)
+    return combine_networks([m.network for m in members]), course, curves
+
+
+def _average_rows(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean row of learning curves; of the priors alone, the first row, there is no training loss."""
+    return {k: None if rows[0][k] is None else sum(row[k] for row in rows) / len(rows) for k in rows[0]}
 
 
 def load_fit(folder: str | Path) -> FitResult:
@@ -159,7 +212,11 @@ def load_fit(folder: str | Path) -> FitResult:
         spec = PotentialSpec.from_json(json.dumps(content["spec"]), where=path)
         model = ModelSettings.model_validate({**MODEL_BEFORE, **spec.model})
         _warn_of_changed_source(spec, model, path)
-        network = _load_network(Path(folder) / "checkpoints" / content["best"], spec, model)
+        if "committee" in content:
+            members = [load_fit(Path(folder) / MEMBERS / str(k)).network for k in range(content["committee"])]
+            network = combine_networks(members)
+        else:
+            network = _load_network(Path(folder) / "checkpoints" / content["best"], spec, model)
         scale_energy(network, content.get("network_share", 1.0))
         return FitResult(network, spec, content["metrics"], content["curves"])
     except (KeyError, ValueError, OSError, RuntimeError, PotentialError) as error:

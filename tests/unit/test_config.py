@@ -140,6 +140,7 @@ DEFAULTS: dict[str, Any] = {
         "whiten": "none",
         "density": 0.0,
         "hvp_along": "all",
+        "committee": 1,
         "batch_size": 64,
         "learning_rate": 1e-3,
         "schedule": "plateau",
