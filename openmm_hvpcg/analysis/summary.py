@@ -61,6 +61,7 @@ _TRAINING_KEYS = {
     "best_epoch": "epoch whose weights were kept, from 0",
     "force_weight": "weight of the force term in the loss",
     "hvp_weight": "weight of the HVP term in the loss",
+    "covariance_share": "share of the Hessians' spread that covariances follow (training.covariance: ratio); else null",
     "network_share": "what of the network's energy was kept, 0 to 1; below 1 the held-out frames asked for less",
     "wall_time_s": "wall time of the training (s)",
     "peak_loss": "largest training loss of an epoch, over that of the priors alone",

@@ -119,10 +119,11 @@ class TrainingSettings(Settings):
         description="directions that HVPs are matched along: all; bonds; angles: bonds and angles, where curvature is"
         " large beside the error of pooled covariances",
     )
-    covariance: Literal["auto", "frame", "pooled", "sample"] = Field(
+    covariance: Literal["auto", "frame", "pooled", "ratio", "sample"] = Field(
         "auto",
-        description="of the HVP target: frame, each frame's own; pooled, mixed with that of frames alike; sample, of"
-        " inner samples (conditional averaging); auto: sample where the labels have it, else pooled",
+        description="of the HVP target: frame, each frame's own; pooled, mixed with that of frames alike; ratio,"
+        " pooled, and larger where the frame's Hessian is; sample, of inner samples (conditional averaging); auto:"
+        " sample where the labels have it, else pooled",
     )
     covariance_frames: float = Field(
         50000.0, gt=0, description="pooled: with so many training frames, a frame's own covariance counts half"

@@ -135,32 +135,47 @@ class PooledCovariance:
         self.radius2 = OVERLAP * float((torch.cdist(features, self.centres).min(dim=1)[0] ** 2).mean())
         self.regions = torch.zeros(len(self.centres), 3 * x.shape[1], 3 * x.shape[1], dtype=torch.float64)
 
-    def fit(self, positions: Tensor, residuals: Tensor) -> None:
+    def fit(self, positions: Tensor, residuals: Tensor) -> Tensor:
         """Set the regions' covariances from frames (T, B, 3) and their force residuals ``q - F`` (T, B, 3).
 
         What of the residuals follows the beads is the model's error, not noise: a linear regression on the features
-        (and on the regions) takes it out first, and its leverages make up for what it takes of the noise.
+        (and on the regions) takes it out first, and its leverages make up for what it takes of the noise. Returns
+        what is left of the residuals, (T, 3B) in local axes.
         """
         x = positions.double()
-        y = torch.einsum("tbix,tbx->tbi", self.axes(x), residuals.double()).flatten(1)
+        y = self.turn(x, residuals[:, None]).squeeze(1)
         features = compute_soft_features(x)
         weights = self._weigh(features)
         basis = _build_basis(features, weights)
         y = y - basis @ (basis.T @ y)
         y = y / torch.sqrt(1.0 - (basis**2).sum(dim=1, keepdim=True)).clamp(min=0.1)
-        overall = y.T @ y / len(y)
-        sums = torch.stack([(y * w[:, None]).T @ y for w in weights.T])
-        self.regions = (sums + SHRINKAGE_FRAMES * overall) / (weights.sum(dim=0) + SHRINKAGE_FRAMES)[:, None, None]
+        self.regions = _average(y[:, None], y[:, None], weights)
+        return y
+
+    def turn(self, positions: Tensor, vectors: Tensor) -> Tensor:
+        """Vectors (T, P, B, 3) in the axes of frames (T, B, 3): (T, P, 3B), in double."""
+        return torch.einsum("tbix,tpbx->tpbi", self.axes(positions.double()), vectors.double()).flatten(2)
+
+    def turn_back(self, positions: Tensor, local: Tensor) -> Tensor:
+        """Inverse of :meth:`turn`."""
+        axes = self.axes(positions.double())
+        return torch.einsum("tbix,tpbi->tpbx", axes, local.reshape(*local.shape[:2], -1, 3))
+
+    def average(self, positions: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Means (K, 3B, 3B) over regions of the symmetric part of ``first second^T``, both (T, P, 3B), local axes."""
+        return _average(first, second, self._weigh(compute_soft_features(positions.double())))
+
+    def multiply(self, positions: Tensor, matrices: Tensor, local: Tensor) -> Tensor:
+        """Matrices (K, 3B, 3B) of the regions, as each frame has a share of each, times (T, P, 3B), local axes."""
+        product = torch.zeros_like(local)
+        for matrix, weight in zip(matrices, self._weigh(compute_soft_features(positions.double())).T, strict=True):
+            product += weight[:, None, None] * (local @ matrix.T)
+        return product
 
     def apply(self, positions: Tensor, probes: Tensor) -> Tensor:
         """Covariance times probes, (T, P, B, 3) like the probes, at frames (T, B, 3)."""
-        x = positions.double()
-        axes, weights = self.axes(x), self._weigh(compute_soft_features(x))
-        local = torch.einsum("tbix,tpbx->tpbi", axes, probes.double()).flatten(2)
-        product = torch.zeros_like(local)
-        for region, weight in zip(self.regions, weights.T, strict=True):
-            product += weight[:, None, None] * (local @ region)
-        return torch.einsum("tbix,tpbi->tpbx", axes, product.reshape(probes.shape)).to(probes.dtype)
+        product = self.multiply(positions, self.regions, self.turn(positions, probes))
+        return self.turn_back(positions, product).to(probes.dtype)
 
     def whiten(self, positions: Tensor, out: Tensor | None = None, release: Callable[[], None] | None = None) -> Tensor:
         """``(C / c + floor)^(-1/2)`` (T, 3B, 3B) in the frames' own axes, c the mean variance, mean diagonal of its
@@ -203,6 +218,14 @@ class PooledCovariance:
         if len(self.centres) == 1:
             return torch.ones(len(features), 1, dtype=torch.float64)
         return torch.softmax(-(torch.cdist(features, self.centres) ** 2) / self.radius2, dim=1)
+
+
+def _average(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:
+    """Weighted means (K, n, n) of the symmetric part of ``first second^T`` (T, P, n), that of all mixed in a little."""
+    overall = torch.einsum("tpi,tpj->ij", first, second) / first.shape[1]
+    sums = torch.einsum("tk,tpi,tpj->kij", weights, first, second) / first.shape[1]
+    means = (sums + SHRINKAGE_FRAMES * overall / len(first)) / (weights.sum(dim=0) + SHRINKAGE_FRAMES)[:, None, None]
+    return 0.5 * (means + means.transpose(1, 2))
 
 
 def _build_basis(features: Tensor, weights: Tensor) -> Tensor:

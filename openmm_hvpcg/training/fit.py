@@ -55,8 +55,9 @@ class FitResult:
     ``n_frames``, ``n_validation_frames``, ``epochs``, ``best_epoch``, ``wall_time_s``, ``peak_loss`` (largest training
     loss of an epoch over the validation loss of the priors alone), ``force_weight``,
     ``hvp_weight``; ``network_share``, what of the network's energy was kept (1: all, 0: the priors alone were
-    as good on the held-out blocks); ``molecules``, the errors and noise of each; ``diagnosis``, whether the labels do
-    (:class:`~openmm_hvpcg.training.diagnosis.Diagnosis`); and more of
+    as good on the held-out blocks); ``covariance_share``, of the Hessians' spread, what covariances follow (None
+    where ``training.covariance`` is not ratio); ``molecules``, the errors and noise of each; ``diagnosis``, whether the
+    labels do (:class:`~openmm_hvpcg.training.diagnosis.Diagnosis`); and more of
     :func:`~openmm_hvpcg.training.evaluation.evaluate_network`.
     """
 
@@ -268,6 +269,7 @@ def _judge(
         "force_weight": training.force_weight,
         "hvp_weight": hvp_weight,
         "network_share": share,
+        "covariance_share": prepared.get_share(),
     }
     if share == 0.0:
         logger.warning(

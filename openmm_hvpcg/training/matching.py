@@ -20,7 +20,7 @@ from openmm_hvpcg.training.derivatives import (
 )
 from openmm_hvpcg.training.losses import density_loss, force_loss, hvp_loss
 from openmm_hvpcg.training.models.torsions import bind_network
-from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared, apply_pooled
+from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared
 from openmm_hvpcg.training.projection import build_projector
 
 #: Times a training pools the covariances of the HVP target anew.
@@ -238,13 +238,13 @@ class MatchingModule(lightning.LightningModule):
         checkpoint["schedule"] = self.schedule.state_dict()
         checkpoint["hvp_method"] = self._method
         checkpoint["regions"] = [None if p is None else p.regions for p in self.prepared.pooled]
+        checkpoint["covariance_share"] = self.prepared.get_share() or 0.0
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._schedule_state = checkpoint["schedule"]
         self._method = checkpoint.get("hvp_method")
-        for pooled, regions, molecule in zip(
-            self.prepared.pooled, checkpoint.get("regions", []), self.prepared.molecules, strict=False
-        ):
+        for pooled, regions in zip(self.prepared.pooled, checkpoint.get("regions", []), strict=False):
             if pooled is not None and regions is not None:
                 pooled.regions = regions.cpu()
-                apply_pooled(pooled, molecule, self.prepared.storage)
+        self.prepared.set_share(checkpoint.get("covariance_share", 0.0))
+        self.prepared.apply_covariances()

@@ -29,6 +29,7 @@ from openmm_hvpcg.training.dataset import LabelledFrames, split_by_time_blocks
 from openmm_hvpcg.training.density import compute_density_labels
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.fit_priors import fit_priors
+from openmm_hvpcg.training.hessian_ratio import HessianRatio, find_share
 from openmm_hvpcg.training.labels.probes import ProbeLaw
 from openmm_hvpcg.training.losses import LossScales, compute_hvp_target, restrict, whiten
 from openmm_hvpcg.training.models.torsions import Bonded
@@ -64,6 +65,8 @@ class Prepared:
     beta : 1/kT, mol/kJ
     force_noise : variance a component of forces at held beads, from inner samples; None where labels are not averaged
     pooled : for each molecule its pooled covariance, fitted to what the priors leave; None where none is used
+    ratios : for each molecule how its covariance follows the Hessian; None where it does not
+    deviations : for each molecule with a ratio (T, P, B, 3), what HVPs are off their regions' means; else None
     storage : where the tensors lie
     """
 
@@ -78,16 +81,41 @@ class Prepared:
     beta: float
     force_noise: float | None
     pooled: list[PooledCovariance | None]
+    ratios: list[HessianRatio | None]
+    deviations: list[Tensor | None]
     storage: Storage
 
     def pool_covariances(self, residuals: Sequence[Tensor]) -> None:
         """Fit the pooled covariances anew, to force residuals (F, B, 3) of the model of the day at ``pooling``."""
-        for molecule, frames, pooled, residual in zip(
-            self.molecules, self.pooling, self.pooled, residuals, strict=True
+        terms = []
+        for molecule, frames, pooled, ratio, residual in zip(
+            self.molecules, self.pooling, self.pooled, self.ratios, residuals, strict=True
         ):
             if pooled is not None:
-                pooled.fit(self.storage.gather(molecule.positions, torch.from_numpy(frames)), residual)
-                apply_pooled(pooled, molecule, self.storage)
+                positions = self.storage.gather(molecule.positions, torch.from_numpy(frames))
+                left = pooled.fit(positions, residual)
+                if ratio is not None:
+                    terms.append(ratio.regress(pooled, positions, left, self.beta))
+        self.set_share(find_share(terms))
+        self.apply_covariances()
+
+    def get_share(self) -> float | None:
+        """Of the Hessians' deviations, what the covariances follow; None where they do not."""
+        return next((ratio.share for ratio in self.ratios if ratio is not None), None)
+
+    def set_share(self, share: float) -> None:
+        """Of the Hessians' deviations, what the covariances follow."""
+        for ratio in self.ratios:
+            if ratio is not None:
+                ratio.share = share
+
+    def apply_covariances(self) -> None:
+        """Put the covariance times the probes of every frame into the tensors."""
+        for molecule, pooled, ratio, deviations in zip(
+            self.molecules, self.pooled, self.ratios, self.deviations, strict=True
+        ):
+            if pooled is not None:
+                apply_pooled(pooled, molecule, self.storage, ratio, deviations, self.beta)
 
 
 def prepare(
@@ -127,10 +155,14 @@ def prepare(
     for dataset, molecule in zip(datasets, molecules, strict=True):
         _remove_priors(dataset, spec, molecule, storage)
     pooled: list[PooledCovariance | None] = []
-    for k, (dataset, (frames, _)) in enumerate(zip(datasets, splits, strict=True)):
-        found = _choose_covariance(dataset, molecules[k], frames, training, storage)
-        molecules[k] = found[0]
-        pooled.append(found[1])
+    ratios: list[HessianRatio | None] = [None] * len(datasets)
+    deviations: list[Tensor | None] = [None] * len(datasets)
+    pooling = [thin_rows(s[0], count_soft_features(d.bead_map.n_beads)) for s, d in zip(splits, datasets, strict=True)]
+    for k, dataset in enumerate(datasets):
+        molecules[k], own = _choose_covariance(dataset, molecules[k], splits[k][0], training, storage)
+        pooled.append(own)
+        if own is not None and training.covariance == "ratio" and training.hvp_weight != 0:
+            ratios[k], deviations[k] = _find_ratio(dataset, molecules[k], own, pooling[k], training.seed, storage)
     for group in groups:
         group.own_share.copy_(torch.tensor([molecules[k].own_share for k in group.members], dtype=torch.float64))
     beta = 1.0 / compute_kt(temperature)
@@ -143,13 +175,15 @@ def prepare(
         groups,
         [s[0] for s in splits],
         [s[1] for s in splits],
-        [thin_rows(s[0], count_soft_features(d.bead_map.n_beads)) for s, d in zip(splits, datasets, strict=True)],
+        pooling,
         scales,
         (prior_force / scales.force, prior_hvp / scales.hvp),
         spec,
         beta,
         _measure_noise(datasets, splits),
         pooled,
+        ratios,
+        deviations,
         storage,
     )
 
@@ -207,12 +241,54 @@ def _measure_noise(
     return total / count
 
 
-def apply_pooled(pooled: PooledCovariance, molecule: MoleculeTensors, storage: Storage) -> None:
+def apply_pooled(
+    pooled: PooledCovariance,
+    molecule: MoleculeTensors,
+    storage: Storage,
+    ratio: HessianRatio | None = None,
+    deviations: Tensor | None = None,
+    beta: float = 1.0,
+) -> None:
     """Put the covariance times the probes of every frame into the molecule's tensors."""
     for start in range(0, len(molecule.positions), CHUNK_FRAMES):
         rows = slice(start, start + CHUNK_FRAMES)
-        molecule.covariances[rows] = pooled.apply(molecule.positions[rows], molecule.probes[rows])
+        found = pooled.apply(molecule.positions[rows], molecule.probes[rows])
+        if ratio is not None and deviations is not None and ratio.share > 0:
+            found += ratio.compute_change(pooled, molecule.positions[rows], deviations[rows], beta)
+        molecule.covariances[rows] = found
         storage.release()
+
+
+def _find_ratio(
+    dataset: LabelledFrames,
+    molecule: MoleculeTensors,
+    pooled: PooledCovariance,
+    frames: NDArray[np.int64],
+    seed: int,
+    storage: Storage,
+) -> tuple[HessianRatio, Tensor]:
+    """How the covariance of a molecule follows its Hessian, and what all its HVPs are off their regions' means.
+
+    The Hessian is the whole one, with the priors' part.
+    """
+    law = ProbeLaw.from_attributes(dataset.attributes)
+    if not law.is_isotropic:
+        raise DataError(
+            f"covariance: ratio cannot put a Hessian together from {law.name} probes",
+            where=dataset.name,
+            hint="label with probe_law: rademacher or normal, or take covariance: pooled",
+        )
+    rows = torch.from_numpy(frames)
+    positions, probes = storage.gather(molecule.positions, rows), storage.gather(molecule.probes, rows)
+    ratio = HessianRatio.build(pooled, positions, probes, torch.from_numpy(np.asarray(dataset.hvps[frames])), seed)
+    deviations = storage.allocate(f"deviations-{dataset.name}", tuple(molecule.hvps.shape))
+    for start in range(0, len(deviations), CHUNK_FRAMES):
+        some = slice(start, start + CHUNK_FRAMES)
+        x, v = molecule.positions[some], molecule.probes[some]
+        expected = pooled.turn_back(x, pooled.multiply(x, ratio.means, pooled.turn(x, v)))
+        deviations[some] = (torch.from_numpy(np.array(dataset.hvps[some])) - expected).float()
+        storage.release()
+    return ratio, deviations
 
 
 def _choose_covariance(
@@ -231,14 +307,15 @@ def _choose_covariance(
     if kind == "sample":
         _copy_covariances(dataset, molecule, storage)
         molecule = replace(molecule, own_share=0.0)
-    if kind != "pooled" and settings.whiten == "none":
+    is_pooled = kind in ("pooled", "ratio")
+    if not is_pooled and settings.whiten == "none":
         return molecule, None
     rows = torch.from_numpy(thin_rows(frames, count_soft_features(dataset.bead_map.n_beads)))
     try:
         positions, forces = storage.gather(molecule.positions, rows), storage.gather(molecule.forces, rows)
         pooled = PooledCovariance(positions, settings.covariance_regions, settings.seed)
     except ValueError:
-        if kind == "pooled" and settings.hvp_weight != 0:
+        if is_pooled and settings.hvp_weight != 0:
             logger.warning("%s: beads on a line have no local axes: each frame's own covariance is used", dataset.name)
         if settings.whiten != "none":
             logger.warning("%s: beads on a line have no local axes: residuals are not whitened", dataset.name)
@@ -248,7 +325,7 @@ def _choose_covariance(
     pooled.fit(positions, forces)
     if molecule.whitening is not None:
         pooled.whiten(molecule.positions, molecule.whitening, storage.release)
-    if kind != "pooled":
+    if not is_pooled:
         return molecule, None
     share = len(frames) / (len(frames) + settings.covariance_frames)
     molecule = replace(molecule, own_share=share)

@@ -76,6 +76,7 @@ def count_bytes(dataset: LabelledFrames, settings: TrainingSettings) -> int:
     n = 3 * dataset.bead_map.n_beads
     per_frame = 2 * n + 3 * n * dataset.n_probes + (n * n if settings.whiten == "noise" else 0)
     per_frame += n + n * dataset.n_probes if settings.density > 0 else 0
+    per_frame += n * dataset.n_probes if settings.covariance == "ratio" else 0
     return 4 * per_frame * dataset.n_frames
 
 
@@ -276,6 +277,8 @@ def load_prepared(folder: Path) -> Prepared:
         PotentialSpec.from_json(json.dumps(content["spec"]), where=folder),
         content["beta"],
         content["force_noise"],
+        [None] * len(sizes),
+        [None] * len(sizes),
         [None] * len(sizes),
         storage,
     )

@@ -21,6 +21,7 @@ from openmm_hvpcg.errors import DataError, PotentialError, StudyError
 from openmm_hvpcg.potential import load_potential, save_potential
 from openmm_hvpcg.training import fit as fit_module
 from openmm_hvpcg.training import matching as matching_module
+from openmm_hvpcg.training import preparation as preparation_module
 from openmm_hvpcg.training.batches import BatchIndex, FrameBatches
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.evaluation import choose_network_share
@@ -395,14 +396,15 @@ def get_noise(data) -> torch.Tensor:
     return torch.from_numpy(data.forces - build_labels(data.n_frames).forces)
 
 
-def test_mean_pooled_target_is_the_hessian():
+@pytest.mark.parametrize("covariance", ["pooled", "ratio"])
+def test_mean_pooled_target_is_the_hessian(covariance):
     """Held-out frames, seen from local axes: the mean of ``(t(v) - H v) v^T`` vanishes.
 
     225 elements z-tested at 5.5 standard errors, of the held-out frames and of the pooled covariance, which rests on as
     many (Rademacher probes, three a frame, of one noise: the frame counts once): false-alarm rate 1e-5.
     """
     data = build_labels(2000, force_noise=100.0)
-    prepared = prepare_labels(data, change(validation_fraction=0.5))
+    prepared = prepare_labels(data, change(validation_fraction=0.5, covariance=covariance))
     noise = get_noise(data)
     prepared.pool_covariances([noise[torch.from_numpy(prepared.pooling[0])]])
     excess, m = compute_excess(prepared, data, noise), prepared.molecules[0]
@@ -415,6 +417,13 @@ def test_mean_pooled_target_is_the_hessian():
     assert m.own_share == 1000 / 1700
     # Without the correction the target is beta s off on the diagonal, and would not pass.
     assert float((100.0**2 / KT / error.diagonal()).min()) > 15.0
+
+
+def test_ratio_needs_probes_that_make_a_hessian():
+    data = build_labels(100, force_noise=9.0)
+    data.attributes["probe_law"] = "soft"
+    with pytest.raises(DataError, match=r"mol: covariance: ratio cannot .* soft probes.*covariance: pooled"):
+        prepare_labels(data, change(covariance="ratio"))
 
 
 @pytest.mark.parametrize(("frames", "share"), [(700.0, 160 / 860), (160.0, 0.5), (1e-9, 1.0)])
@@ -562,14 +571,19 @@ class Interruption(Exception):
     pass
 
 
-PAUSED = change(hvp_weight="balanced", covariance="pooled", schedule="cosine", hvp_start=0.34, patience=6)
+PAUSED = change(
+    hvp_weight="balanced", covariance="ratio", covariance_regions=2, schedule="cosine", hvp_start=0.34, patience=6
+)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matching_module, "POOLINGS", 3)
-        return train(tmp_path_factory.mktemp("whole"), PAUSED, n_frames=120, force_noise=30.0)
+        patch.setattr(preparation_module, "find_share", lambda terms: 0.1 + abs(terms[0][0] / terms[0][1]) % 0.8)
+        result = train(tmp_path_factory.mktemp("whole"), PAUSED, n_frames=120, force_noise=30.0)
+    assert 0.1 < result.metrics["covariance_share"] < 0.9
+    return result
 
 
 @pytest.mark.parametrize("epoch", [1, 3, 4])
@@ -579,6 +593,8 @@ def test_interrupted_training_with_every_schedule_resumes_bit_for_bit(tmp_path, 
     Between them the resumed run has to take the pooled covariances from the checkpoint.
     """
     monkeypatch.setattr(matching_module, "POOLINGS", 3)
+    # Of so few frames a share that is never none, and another one each time.
+    monkeypatch.setattr(preparation_module, "find_share", lambda terms: 0.1 + abs(terms[0][0] / terms[0][1]) % 0.8)
     genuine = MatchingModule.take_step
 
     def break_off(self, batch, index):
