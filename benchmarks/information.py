@@ -7,9 +7,9 @@ labels of what is shorter than the resolution ``s_f / s_t``, and next to nothing
 ``(s_f / s_t / L)^2`` force labels. Averaging over samples at fixed beads changes neither ratio. L can be read off the
 PMF: the rms of its slope over that of its curvature.
 
-How well is the covariance known that is pooled over frames alike (`training.covariance: pooled`)? Its error, against
-the covariance at the held beads, has to be small beside the PMF's curvature. Usage:
-``python benchmarks/information.py [--out benchmarks/results/information.json]``.
+How well is the covariance known that is pooled over frames alike (`training.covariance: pooled`), or that also follows
+the Hessian (`ratio`)? Its error, against the covariance at the held beads, has to be small beside the PMF's curvature.
+Usage: ``python benchmarks/information.py [--out benchmarks/results/information.json]``.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ from openmm_hvpcg.atomistic.systems import build_atomistic_system
 from openmm_hvpcg.config import InputSettings, ReferenceSettings, SamplingSettings
 from openmm_hvpcg.mapping import build_bead_map
 from openmm_hvpcg.training.covariance import PooledCovariance
+from openmm_hvpcg.training.hessian_ratio import HessianRatio, find_share
 from openmm_hvpcg.training.labels.held import Chains, HeldSampler, HeldSamples, Starts
+from openmm_hvpcg.training.labels.hvp import compute_projected_hvps
 from openmm_hvpcg.training.labels.oracle import ForceOracle
-from openmm_hvpcg.training.labels.probes import compute_soft_modes
+from openmm_hvpcg.training.labels.probes import compute_soft_modes, draw_probes
 from openmm_hvpcg.training.reference import compute_reference
 from openmm_hvpcg.units import compute_kt
 
@@ -41,22 +43,24 @@ from openmm_hvpcg.units import compute_kt
 MOLECULES = {"capped alanine, 6 beads": ("A", BACKBONE), "capped AAGAA, C-alpha": ("AAGAA", "ca")}
 #: Frames, 1 ps apart, that covariances are pooled over; configurations of them that are held, samples at each, and MD
 #: steps between them.
-N_FRAMES, N_CONFIGURATIONS, N_SAMPLES, STRIDE, HVP_EVERY = 1600, 50, 200, 20, 2
-REGIONS = 4
+N_FRAMES, N_CONFIGURATIONS, N_SAMPLES, STRIDE, HVP_EVERY = 1600, 50, 400, 20, 2
+REGIONS, N_PROBES = 4, 4
 
 
 @dataclass(frozen=True)
 class Held:
     """A held configuration: unit ``modes`` (m, B, 3), softest first, ``samples`` there with HVPs along them, and the
-    variances of forces along them (m,) by the covariance that was ``pooled`` over other frames."""
+    variances of forces along them (m,) by the covariance that was ``pooled`` over other frames, and by the one that
+    ``followed`` the Hessian, too."""
 
     modes: NDArray[np.float64]
     samples: HeldSamples
     pooled: NDArray[np.float64]
+    followed: NDArray[np.float64]
 
 
-def sample_held(sequence: str, beads: str, folder: Path) -> list[Held]:
-    """All held configurations of a molecule."""
+def sample_held(sequence: str, beads: str, folder: Path) -> tuple[list[Held], float]:
+    """All held configurations of a molecule, and the share of the Hessians' spread that covariances follow."""
     settings = InputSettings(sequence=sequence, hydrogen_mass_amu=3.0)
     system = build_atomistic_system(settings, temperature_K=TEMPERATURE, constraints="none", name=sequence)
     bead_map = build_bead_map(beads, system.topology)
@@ -71,24 +75,31 @@ def sample_held(sequence: str, beads: str, folder: Path) -> list[Held]:
     modes = [compute_soft_modes(x)[1].T.reshape(-1, *x.shape) for x in bead_map.map_positions(positions)]
     with ForceOracle(system.system, platform["name"], platform["properties"]) as oracle:
         forces = made.force_map @ oracle(everything)
+        probes = draw_probes("rademacher", np.arange(N_FRAMES), N_PROBES, bead_map.n_beads, 34).astype(np.float64)
+        hvps = compute_projected_hvps(oracle, everything, probes, made.force_map, step)
     x = torch.from_numpy(bead_map.map_positions(everything))
     pooled = PooledCovariance(x, REGIONS, seed=33)
-    pooled.fit(x, torch.from_numpy(forces))
+    left = pooled.fit(x, torch.from_numpy(forces))
+    beta = 1.0 / compute_kt(TEMPERATURE)
+    ratio = HessianRatio.build(pooled, x, torch.from_numpy(probes), torch.from_numpy(hvps), seed=33)
+    ratio.share = find_share([ratio.regress(pooled, x, left, beta)])
     held = x[:: N_FRAMES // N_CONFIGURATIONS]
-    products = pooled.apply(held, torch.from_numpy(np.stack(modes))).numpy()
+    directions = torch.from_numpy(np.stack(modes))
+    products = pooled.apply(held, directions)
     sampler = HeldSampler(system, bead_map, platform["name"], platform["properties"], step, 32)
     starts = [Starts(np.array([k]), r[None], modes[k][None], made.force_map) for k, r in enumerate(positions)]
-    found = sampler.sample(starts, Chains(N_SAMPLES, STRIDE, HVP_EVERY, 2.0, 5.0, TEMPERATURE))
-    return [
-        Held(u, samples, np.einsum("kbx,kbx->k", u, product))
-        for u, (samples,), product in zip(modes, found, products, strict=True)
-    ]
+    samples = [s for (s,) in sampler.sample(starts, Chains(N_SAMPLES, STRIDE, HVP_EVERY, 2.0, 5.0, TEMPERATURE))]
+    means = torch.from_numpy(np.stack([s.hvps.mean(axis=0) for s in samples]))
+    expected = pooled.turn_back(held, pooled.multiply(held, ratio.means, pooled.turn(held, directions)))
+    changed = products + ratio.compute_change(pooled, held, means - expected, beta)
+    along = [torch.einsum("tkbx,tkbx->tk", directions, p).numpy() for p in (products, changed)]
+    return [Held(*row) for row in zip(modes, samples, *along, strict=True)], ratio.share
 
 
 def measure(held: list[Held]) -> list[dict[str, float]]:
     """A row for each mode, from the softest: root mean squares over configurations."""
     beta = 1.0 / compute_kt(TEMPERATURE)
-    along, noise, target, hessians, slope, curvature, error, chance = ([] for _ in range(8))
+    along, noise, target, hessians, slope, curvature, error, error_followed, chance = ([] for _ in range(9))
     for place in held:
         force = np.einsum("kbx,nbx->nk", place.modes, place.samples.forces)
         hessian = np.einsum("kbx,mkbx->mk", place.modes, place.samples.hvps)
@@ -100,12 +111,13 @@ def measure(held: list[Held]) -> list[dict[str, float]]:
         slope.append(force.mean(axis=0))
         curvature.append(hessian.mean(axis=0) - beta * along[-1])
         error.append(beta * (place.pooled - along[-1]))
+        error_followed.append(beta * (place.followed - along[-1]))
         first, second = np.array_split(force, 2)
         chance.append(beta * (first.var(axis=0, ddof=1) - second.var(axis=0, ddof=1)) / 2)
     rms = lambda values: np.sqrt(np.mean(np.square(values), axis=0))  # noqa: E731
     s_f, s_p, s_t = (np.sqrt(np.mean(v, axis=0)) for v in (along, noise, target))
     # Of the difference, what the few samples at held beads cannot tell is taken out.
-    pooled = np.sqrt(np.maximum(rms(error) ** 2 - rms(chance) ** 2, 0.0))
+    pooled, followed = (np.sqrt(np.maximum(rms(e) ** 2 - rms(chance) ** 2, 0.0)) for e in (error, error_followed))
     columns = {
         "force_noise": s_f,
         "projected_hessian_noise": s_p,
@@ -114,6 +126,7 @@ def measure(held: list[Held]) -> list[dict[str, float]]:
         "pmf_curvature_mean": np.mean(curvature, axis=0),
         "pmf_curvature": np.sqrt(np.maximum(rms(curvature) ** 2 - rms(chance) ** 2, 0.0)),
         "pooled_covariance_error": pooled,
+        "ratio_covariance_error": followed,
         "pmf_force": rms(slope),
         "resolution_nm": s_f / s_t,
         "resolution_known_covariance_nm": s_f / s_p,
@@ -134,11 +147,13 @@ def main() -> None:
     for name, (sequence, beads) in MOLECULES.items():
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            rows = measure(sample_held(sequence, beads, Path(folder)))
-        print(f"\n{name}, {time.perf_counter() - began:.0f} s; modes from the softest")
+            held, share = sample_held(sequence, beads, Path(folder))
+            rows = measure(held)
+        print(f"\n{name}, {time.perf_counter() - began:.0f} s; share {share:.2f}; modes from the softest")
         for k, row in enumerate(rows):
             print(k, *(f"{key} {value:g}" for key, value in row.items()))
         results[name] = rows
+        results[f"{name}, share"] = round(share, 3)
     if arguments.out:
         arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

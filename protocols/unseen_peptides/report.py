@@ -144,6 +144,9 @@ def show(mean: Mean | None) -> str:
 
 def make_tables(results: Results) -> str:
     parts = []
+    networks = {r["fit"].get("networks", 1) for r in results.runs}
+    if max(networks) > 1:
+        parts += [f"Every potential is the mean of {max(networks)} networks, trained from seeds of their own.", ""]
     for size in results.sizes:
         parts += [f"## {size} frames of each training peptide", *make_table(results, size, "KL, mode 1"), ""]
         for arm in results.others:

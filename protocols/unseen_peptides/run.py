@@ -4,6 +4,7 @@
     python protocols/unseen_peptides/run.py label SAMPLES       labels of the sampled training frames  -> data/
     python protocols/unseen_peptides/run.py reference SAMPLES   beads of the sampled test peptides     -> data/
     python protocols/unseen_peptides/run.py study --out OUT     trains, simulates, compares, from what is in data/
+    python protocols/unseen_peptides/run.py means OUT --out MEANS   the same of the mean of the networks of all seeds
 
 With `--protocol .../many.yaml --labels LABELS` the study trains on seven times the peptides, a tenth of the frames of
 each; their labels are made by sample_many.py.
@@ -50,7 +51,8 @@ from openmm_hvpcg.frames import Frames
 from openmm_hvpcg.simulation import load_run, simulate
 from openmm_hvpcg.storage import write_json
 from openmm_hvpcg.training.export import export_potential
-from openmm_hvpcg.training.fit import fit_potential
+from openmm_hvpcg.training.fit import fit_potential, load_fit
+from openmm_hvpcg.training.models.committee import combine_networks
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "data" / "unseen_peptides"
@@ -84,12 +86,16 @@ def main() -> None:
     study = pieces.add_parser("study")
     study.add_argument("--out", type=Path, required=True)
     study.add_argument("--arms", nargs="+")
-    study.add_argument("--labels", type=Path, help=f"the archive to train on, if not {LABELS} of --data")
     study.add_argument("--sizes", type=int, nargs="+", help="frames of each peptide; all and a quarter of them")
     study.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    study.add_argument(
-        "--peptides", nargs="+", help="the unseen ones, if not given; trained ones tell what is transfer"
-    )
+    means = pieces.add_parser("means")
+    means.add_argument("source", type=Path, help="the --out of a study whose trainings are finished")
+    means.add_argument("--out", type=Path, required=True)
+    for piece in (study, means):
+        piece.add_argument("--labels", type=Path, help=f"the archive to train on, if not {LABELS} of --data")
+        piece.add_argument(
+            "--peptides", nargs="+", help="the unseen ones, if not given; trained ones tell what is transfer"
+        )
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     protocol = load_protocol(options.protocol)
@@ -100,7 +106,9 @@ def main() -> None:
     elif options.piece == "reference":
         make_references(protocol, options.samples, options.data)
     else:
-        run_study(protocol, options)
+        options.labels = options.labels or options.data / LABELS
+        options.peptides = options.peptides or [m.name for m in list_peptides(protocol, "test")]
+        (run_study if options.piece == "study" else run_means)(protocol, options)
 
 
 def write_systems(protocol: Protocol, folder: Path) -> None:
@@ -183,12 +191,19 @@ def make_references(protocol: Protocol, samples: Path, data: Path) -> None:
 
 def run_study(protocol: Protocol, options: argparse.Namespace) -> None:
     arms = options.arms or [arm.name for arm in protocol.training.arms]
-    options.labels = options.labels or options.data / LABELS
     sizes = options.sizes or (count_frames(protocol), count_frames(protocol) // 4)
     work = [Work(a, size, seed) for seed in options.seeds for size in sizes for a in arms]
-    peptides = options.peptides or [m.name for m in list_peptides(protocol, "test")]
     run_all(protocol, options, work, [None])
-    run_all(protocol, options, work, peptides)
+    run_all(protocol, options, work, options.peptides)
+    collect(protocol, options.out)
+
+
+def run_means(protocol: Protocol, options: argparse.Namespace) -> None:
+    """A committee for each arm and number of frames of a study: seed 0 stands for all of its seeds."""
+    finished = [path.parent.name.rsplit("-", 2) for path in sorted((options.source / "models").glob("*/fit.json"))]
+    work = [Work(arm, int(size), 0) for arm, size in dict.fromkeys((arm, size) for arm, size, _ in finished)]
+    run_all(protocol, options, work, [None])
+    run_all(protocol, options, work, options.peptides)
     collect(protocol, options.out)
 
 
@@ -219,7 +234,7 @@ def result_path(out: Path, work: Work, peptide: str | None) -> Path:
 def run_one(protocol: Protocol, options: argparse.Namespace, work: Work, peptide: str | None) -> str:
     torch.set_num_threads(1)
     if peptide is None:
-        train_one(protocol, options, work)
+        (train_one if options.piece == "study" else combine_one)(protocol, options, work)
     else:
         simulate_one(protocol, options, work, peptide)
     return f"{work.name} {peptide or 'trained'}"
@@ -247,6 +262,21 @@ def train_one(protocol: Protocol, options: argparse.Namespace, work: Work) -> No
         *("force_noise", "hvp_noise"),
     )
     content = {k: fit.metrics[k] for k in keys} | {"training_cpu_s": time.process_time() - began}
+    write_json(result_path(options.out, work, None), content)
+
+
+def combine_one(protocol: Protocol, options: argparse.Namespace, work: Work) -> None:
+    """The mean of the networks of all seeds; its figures are the means of theirs, its cost the sum."""
+    places = sorted(path.parent for path in (options.source / "models").glob(f"{work.arm}-{work.size}-*/fit.json"))
+    fits = [load_fit(place / "fit") for place in places]
+    network = combine_networks([fit.network for fit in fits])
+    folder = options.out / "models" / work.name
+    folder.mkdir(parents=True, exist_ok=True)
+    positions = load_labels(options.labels)[0].positions[:64]
+    export_potential(network, fits[0].spec, folder / "potential.pt", positions)
+    found = [json.loads((place / "fit.json").read_text("utf-8")) for place in places]
+    content = {k: None if found[0][k] is None else float(np.mean([f[k] for f in found])) for k in found[0]}
+    content |= {"networks": len(found), "training_cpu_s": sum(f["training_cpu_s"] for f in found)}
     write_json(result_path(options.out, work, None), content)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from cli_process import REPOSITORY
 
@@ -46,7 +47,7 @@ SAMPLING = {
 @pytest.fixture(scope="module")
 def call() -> Any:
     """Calls a script of the protocol as its command line would."""
-    names = ("run", "report", "sample_crowd", "sample_many", "draw_many", "peptides", "judging")
+    names = ("run", "report", "sample_crowd", "sample_many", "draw_many", "peptides", "judging", "convergence")
     taken = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, str(FOLDER))
 
@@ -148,6 +149,52 @@ def test_a_second_run_repeats_nothing(study: Path, call: Callable[..., None], mo
     common = ("--protocol", study / "protocol.yaml", "--data", study / "data", "--jobs", 1)
     call("run", *common, "study", "--out", study / "out", "--sizes", 40, "--seeds", 1)
     assert (study / "out" / "results.json").read_bytes() == before
+
+
+def test_means_of_networks_are_judged_as_one(study: Path, call: Callable[..., None], tmp_path: Path) -> None:
+    common = ("--protocol", study / "protocol.yaml", "--data", study / "data", "--jobs", 1)
+    call("run", *common, "study", "--out", tmp_path / "out", "--arms", "fm", "--sizes", 40, "--seeds", 1, 2)
+    call("run", *common, "means", tmp_path / "out", "--out", tmp_path / "means")
+    (run,) = json.loads((tmp_path / "means" / "results.json").read_text())["runs"]
+    assert (run["arm"], run["seed"], run["fit"]["networks"]) == ("fm", 0, 2)
+    assert run["peptides"]["AGA"]["tica1"]["kl"] >= 0
+    load = importlib.import_module("openmm_hvpcg.potential").load_potential
+    peptides = importlib.import_module("peptides")
+    x = torch.from_numpy(peptides.load_labels(study / "data" / "labels.zip")[0].positions[0]).double()
+    folders = [tmp_path / place for place in ("means/models/fm-40-0", "out/models/fm-40-1", "out/models/fm-40-2")]
+    mean, first, second = (float(load(folder / "potential.pt")[0](x)) for folder in folders)
+    assert first != second
+    # Splines, in single precision.
+    assert mean == pytest.approx((first + second) / 2, rel=1e-4, abs=1e-3)
+    call("report", tmp_path / "means", "--out", tmp_path / "report")
+    assert "the mean of 2 networks" in (tmp_path / "report" / "table.md").read_text()
+
+
+def test_convergence_is_judged(
+    study: Path, call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of a Markov state model are those of its stationary distribution, here of two states by construction."""
+    convergence = importlib.import_module("convergence")
+    monkeypatch.setattr(convergence, "LAG_FRAMES", 1)
+    monkeypatch.setattr(convergence, "N_STATES", 4)
+    words = ("--protocol", study / "protocol.yaml", "--data", study / "data", "--out", tmp_path)
+    call("convergence", *words)
+    (row,) = json.loads((tmp_path / "convergence.json").read_text())["rows"]
+    assert row["kl_by_start_weighted"] >= 0
+    assert "| AGA |" in (tmp_path / "convergence.md").read_text()
+    # Paths that start in the wrong state, one of which leaves it twice as fast as the other: 1/3 and 2/3 at the end.
+    monkeypatch.setattr(convergence, "N_STATES", 2)
+    rng, walkers, n = np.random.default_rng(0), 40, 200
+    state = np.ones((walkers, n), dtype=int)
+    for k in range(1, n):
+        leaves = rng.random(walkers) < np.where(state[:, k - 1] == 1, 0.02, 0.04)
+        state[:, k] = np.where(leaves, 1 - state[:, k - 1], state[:, k - 1])
+    walker = np.repeat(np.arange(walkers), n)
+    coordinates = state.reshape(-1, 1) + 0.01 * rng.standard_normal((walkers * n, 1))
+    weights = convergence.weigh_frames(coordinates, walker, np.ones(walkers * n, dtype=bool))
+    share = weights[state.ravel() == 1].sum() / weights.sum()
+    # About 110 crossings each way: 13 % of the ratio of rates, 0.03 of the share; four of them.
+    assert share == pytest.approx(2 / 3, abs=0.12)
 
 
 def test_many_peptides_are_sampled_on_cores(
