@@ -152,6 +152,7 @@ def train(folder: Path, settings: TrainingSettings, *data: LabelledFrames) -> Fi
     "settings",
     [
         {"covariance": "pooled"},
+        {"covariance": "ratio", "covariance_regions": 2},
         {"whiten": "noise"},
         {"n_samples": 5},
         {"hvp_weight": 0.0},
