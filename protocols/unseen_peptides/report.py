@@ -19,6 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullLocator
 
 from openmm_hvpcg.units import compute_kt
 
@@ -26,6 +27,7 @@ COLOURS = {
     "fm": "tab:blue",
     "hvp": "tab:red",
     "hvp_bonds": "tab:purple",
+    "hvp_ratio": "tab:brown",
     "density": "tab:green",
     "hvp_density": "tab:orange",
 }
@@ -33,6 +35,7 @@ NAMES = {
     "fm": "FM",
     "hvp": "FM + HVP",
     "hvp_bonds": "FM + HVP along bonds",
+    "hvp_ratio": "FM + HVP, covariance: ratio",
     "density": "FM + density",
     "hvp_density": "FM + HVP + density",
 }
@@ -353,8 +356,9 @@ def to_profile(curve: dict[str, Any], name: str, kt: float) -> tuple[Any, Any]:
 
 
 def plot_efficiency(results: Results, path: Path) -> None:
-    """Median over peptides against frames, one point a seed."""
-    figure, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    """Median over peptides against frames, one point a seed; of arms that there are several numbers of frames of."""
+    figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    axis.set_xscale("log", base=2)
     for arm in results.arms:
         points = []
         for run in results.runs:
@@ -362,7 +366,7 @@ def plot_efficiency(results: Results, path: Path) -> None:
                 found = [p["tica1"]["kl"] for p in run["peptides"].values() if p["stable"]]
                 if len(found) == len(results.peptides):
                     points.append((run["n_frames"], float(np.median(found)), float(np.mean(found))))
-        if points:
+        if len({n for n, *_ in points}) > 1:
             n, median, mean = np.array(sorted(points)).T
             axis.plot(n, median, "o", color=COLOURS[arm], alpha=0.6)
             sizes = np.unique(n)
@@ -370,11 +374,13 @@ def plot_efficiency(results: Results, path: Path) -> None:
                 sizes, [median[n == s].mean() for s in sizes], "-", color=COLOURS[arm], label=f"{NAMES[arm]}, median"
             )
             axis.plot(sizes, [mean[n == s].mean() for s in sizes], ":", color=COLOURS[arm], label=f"{NAMES[arm]}, mean")
-    axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    axis.set_xticks(results.sizes, [str(s) for s in results.sizes])
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("frames of each training peptide")
     axis.set_ylabel("KL(AA || CG), slowest mode, nine peptides")
-    axis.legend()
+    if axis.lines:
+        figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
