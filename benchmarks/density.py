@@ -36,7 +36,7 @@ from torch import Tensor
 
 from openmm_hvpcg.training.dataset import load_dataset
 from openmm_hvpcg.training.density import compute_density_labels
-from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
+from openmm_hvpcg.training.derivatives import EnergyFunction, compute_forces_and_hvps
 from openmm_hvpcg.training.fit import FitResult, load_fit
 from openmm_hvpcg.training.losses import compute_density_excess, compute_hvp_target
 from openmm_hvpcg.training.models.priors import dihedral_angle
@@ -82,20 +82,25 @@ def list_functions(positions: Tensor, bonded: Bonded) -> Iterator[tuple[str, Fun
                 )
 
 
+def bind_potential(fit: FitResult, data: LabelledFrames) -> EnergyFunction:
+    """Priors and network, in double, as a function of positions (F, B, 3) of a molecule."""
+    priors = TotalEnergy(torch.nn.Identity(), replace(fit.spec, bead_map=data.bead_map)).double()
+    species = torch.from_numpy(fit.spec.compute_species_index(data.bead_map))
+    network = bind_network(fit.network.double(), species, Bonded.find(data.bead_map))
+    return lambda x: network(x) + priors.prior_energies(x)
+
+
 def estimate(data: LabelledFrames, fit: FitResult) -> Iterator[tuple[str, NDArray[np.float64]]]:
     """For each function its estimates (4, W), see ``SOURCES``, by the frames of each walker."""
     x, q, v, p = (torch.from_numpy(a).double() for a in (data.positions, data.forces, data.probes, data.hvps))
-    priors = TotalEnergy(torch.nn.Identity(), replace(fit.spec, bead_map=data.bead_map)).double()
-    species, bonded = torch.from_numpy(fit.spec.compute_species_index(data.bead_map)), Bonded.find(data.bead_map)
-    network = bind_network(fit.network.double(), species, bonded)
-    forces, hvps = compute_forces_and_hvps(lambda y: network(y) + priors.prior_energies(y), x, v)
+    forces, hvps = compute_forces_and_hvps(bind_potential(fit, data), x, v)
     kt = compute_kt(data.temperature_K)
     missing = compute_hvp_target(p, q - forces, v, 1.0 / kt) - hvps
     bonds = torch.from_numpy(data.bead_map.bonds).long()
     projector = LinkProjector(x, bonds)
     labels = [compute_density_labels(x, forces, v, b, kt) for b in (bonds[:0], bonds)]
     walkers = list(split_walkers(data.walker))
-    for name, function in list_functions(x, bonded):
+    for name, function in list_functions(x, Bonded.find(data.bead_map)):
         slope, products = compute_forces_and_hvps(function, x, v)
         size, curvature = (slope**2).sum((1, 2)).mean(), (products**2).sum((-1, -2)).mean()
         along_bonds = slope - projector.remove(slope[:, None])[:, 0]
@@ -126,16 +131,22 @@ def combine(covariance: NDArray[np.float64], which: list[int]) -> tuple[float, N
     return 1.0 / inverse.sum(), inverse.sum(axis=1) / inverse.sum()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_arguments(description: str | None) -> tuple[FitResult, list[LabelledFrames], bool, Path | None]:
+    """The training, the labels of its molecules, whether these were named by the user, and where results go."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("fit", type=Path)
     parser.add_argument("labels", type=Path, nargs="*")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    fit = load_fit(arguments.fit)
-    found = defaultdict(list)
     datasets = [load_dataset(path) for path in arguments.labels]
-    for data in datasets or [d for d in load_labels(DATA / LABELS) if d.bead_map.n_beads >= MIN_BEADS]:
+    kept = [] if datasets else [d for d in load_labels(DATA / LABELS) if d.bead_map.n_beads >= MIN_BEADS]
+    return load_fit(arguments.fit), datasets or kept, bool(datasets), arguments.out
+
+
+def main() -> None:
+    fit, datasets, named, out = read_arguments(__doc__)
+    found = defaultdict(list)
+    for data in datasets:
         for name, values in estimate(data, fit):
             found[name].append((np.cov(values) / values.shape[1], values.mean(axis=1)))
     rows = {}
@@ -152,14 +163,14 @@ def main() -> None:
             rows[name][f"share_{name_of}"] = round(float(shares[1]), 2)
             rows[name][f"variance_{name_of}"] = round(float(least / alone), 3)
         print(name, *(f"{key} {value:g}" for key, value in rows[name].items()))
-    if arguments.out:
+    if out:
         content = {
-            "command": "python benchmarks/density.py FIT" + (" LABELS" if datasets else ""),
-            "molecules": len(datasets) or "protocols/unseen_peptides",
+            "command": "python benchmarks/density.py FIT" + (" LABELS" if named else ""),
+            "molecules": len(datasets) if named else "protocols/unseen_peptides",
             "units": "kJ/mol (bond: kJ/mol/nm^2); variances over that of forces alone",
             "rows": rows,
         }
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

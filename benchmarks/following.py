@@ -14,26 +14,20 @@ FIT is the folder of a finished training, LABELS are datasets of the molecules i
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from density import DATA, LABELS, MIN_BEADS, LabelledFrames, load_labels
+from density import FitResult, LabelledFrames, bind_potential, read_arguments
 from torch import Tensor
 
+from openmm_hvpcg.prior_terms import build_prior_geometry
 from openmm_hvpcg.training.covariance import PooledCovariance
-from openmm_hvpcg.training.dataset import load_dataset
 from openmm_hvpcg.training.derivatives import compute_forces
-from openmm_hvpcg.training.fit import FitResult, load_fit
 from openmm_hvpcg.training.hessian_ratio import HessianRatio
 from openmm_hvpcg.training.models.priors import dihedral_angle
-from openmm_hvpcg.training.models.torsions import Bonded, bind_network
-from openmm_hvpcg.training.models.total import TotalEnergy
 from openmm_hvpcg.units import compute_kt
 
 N_STRETCHES = 16
@@ -43,19 +37,12 @@ REGIONS, SEED = 4, 1
 def list_directions(positions: Tensor, data: LabelledFrames) -> Iterator[tuple[str, Tensor]]:
     """Unit vectors (F, B, 3) along bonds, angles and dihedrals of the bonded beads, by kind."""
     x = positions.clone().requires_grad_(True)
-    bonds = [tuple(sorted(map(int, b))) for b in data.bead_map.bonds]
-    angles = [
-        (i, j, k)
-        for j in range(data.bead_map.n_beads)
-        for i in range(data.bead_map.n_beads)
-        for k in range(i)
-        if tuple(sorted((i, j))) in bonds and tuple(sorted((j, k))) in bonds
-    ]
-    values = [("bond", (x[:, j] - x[:, i]).norm(dim=-1)) for i, j in bonds]
-    for i, j, k in angles:
+    geometry = build_prior_geometry(data.bead_map.bonds, data.bead_map.n_beads)
+    values = [("bond", (x[:, j] - x[:, i]).norm(dim=-1)) for i, j in geometry.bonds.tolist()]
+    for i, j, k in geometry.angles.tolist():
         a, b = x[:, i] - x[:, j], x[:, k] - x[:, j]
         values.append(("angle", torch.acos((a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1))))
-    for row in Bonded.find(data.bead_map).torsions:
+    for row in torch.from_numpy(geometry.dihedrals):
         values.append(("dihedral", dihedral_angle(x, row[None])[:, 0]))
     for kind, value in values:
         (gradient,) = torch.autograd.grad(value.sum(), x, retain_graph=True)
@@ -66,20 +53,15 @@ def estimate(data: LabelledFrames, fit: FitResult) -> Iterator[tuple[str, np.nda
     """Rows (stretches, 6) of products of a molecule, by kind of direction: see :func:`main`."""
     positions = torch.from_numpy(np.asarray(data.positions)).double()
     probes, hvps = (torch.from_numpy(np.asarray(a)).double() for a in (data.probes, data.hvps))
-    spec = replace(fit.spec, bead_map=data.bead_map)
-    priors = TotalEnergy(torch.nn.Identity(), spec).double()
-    network = bind_network(
-        fit.network.double(), torch.from_numpy(spec.compute_species_index()), Bonded.find(data.bead_map)
-    )
-    energy = lambda x: priors.prior_energies(x) + network(x)  # noqa: E731
+    energy = bind_potential(fit, data)
     forces = torch.cat([compute_forces(energy, x).detach() for x in positions.split(500)])
     beta = 1.0 / compute_kt(data.temperature_K)
     pooled = PooledCovariance(positions, REGIONS, SEED)
     left = pooled.fit(positions, torch.from_numpy(np.asarray(data.forces)).double() - forces)
     ratio = HessianRatio.build(pooled, positions, probes, hvps, SEED)
     v, off, told = (a.double() for a in (ratio.probes, ratio.deviations, ratio.told))
-    excess = beta * (left[:, None] * (v @ left[:, :, None]) - pooled.multiply(positions, pooled.regions, v))
-    matrices = ratio.compute_matrices(pooled, beta)
+    excess = beta * ratio.compute_excess(pooled, positions, left)
+    matrices = beta * ratio.compute_matrices(pooled)
     expected, told_of_it = (pooled.multiply(positions, matrices, a) for a in (off, told))
 
     def sum_up(*columns: Tensor) -> np.ndarray:
@@ -104,15 +86,9 @@ def find_slope(top: np.ndarray, bottom: np.ndarray) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("fit", type=Path)
-    parser.add_argument("labels", type=Path, nargs="*")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    fit = load_fit(arguments.fit)
-    datasets = [load_dataset(path) for path in arguments.labels]
+    fit, datasets, named, out = read_arguments(__doc__)
     found = defaultdict(list)
-    for data in datasets or [d for d in load_labels(DATA / LABELS) if d.bead_map.n_beads >= MIN_BEADS]:
+    for data in datasets:
         for kind, rows in estimate(data, fit):
             found[kind].append(rows)
     slopes = {}
@@ -124,17 +100,17 @@ def main() -> None:
             "proportional": find_slope(zy_of_it, ze),
         }
         print(kind, *(f"{name} {value:.2f} +- {error:.2f}" for name, (value, error) in slopes[kind].items()))
-    if arguments.out:
-        content = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    if out:
+        content = json.loads(out.read_text()) if out.exists() else {}
         content |= {
             "command": "python benchmarks/following.py FIT [LABELS], once for each",
             "what": "slope of beta Cov(Q f) against Q H Q and its standard error, by direction",
-            ", ".join(d.name for d in datasets) or "protocols/unseen_peptides": {
+            ", ".join(d.name for d in datasets) if named else "protocols/unseen_peptides": {
                 kind: {name: [round(v, 3) for v in pair] for name, pair in rows.items()}
                 for kind, rows in slopes.items()
             },
         }
-        arguments.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

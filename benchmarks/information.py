@@ -80,9 +80,8 @@ def sample_held(sequence: str, beads: str, folder: Path) -> tuple[list[Held], fl
     x = torch.from_numpy(bead_map.map_positions(everything))
     pooled = PooledCovariance(x, REGIONS, seed=33)
     left = pooled.fit(x, torch.from_numpy(forces))
-    beta = 1.0 / compute_kt(TEMPERATURE)
     ratio = HessianRatio.build(pooled, x, torch.from_numpy(probes), torch.from_numpy(hvps), seed=33)
-    ratio.share = find_share([ratio.regress(pooled, x, left, beta)])
+    ratio.share = find_share([ratio.regress(pooled, x, left)])
     held = x[:: N_FRAMES // N_CONFIGURATIONS]
     directions = torch.from_numpy(np.stack(modes))
     products = pooled.apply(held, directions)
@@ -90,8 +89,7 @@ def sample_held(sequence: str, beads: str, folder: Path) -> tuple[list[Held], fl
     starts = [Starts(np.array([k]), r[None], modes[k][None], made.force_map) for k, r in enumerate(positions)]
     samples = [s for (s,) in sampler.sample(starts, Chains(N_SAMPLES, STRIDE, HVP_EVERY, 2.0, 5.0, TEMPERATURE))]
     means = torch.from_numpy(np.stack([s.hvps.mean(axis=0) for s in samples]))
-    expected = pooled.turn_back(held, pooled.multiply(held, ratio.means, pooled.turn(held, directions)))
-    changed = products + ratio.compute_change(pooled, held, means - expected, beta)
+    changed = products + ratio.compute_change(pooled, held, ratio.subtract_means(pooled, held, directions, means))
     along = [torch.einsum("tkbx,tkbx->tk", directions, p).numpy() for p in (products, changed)]
     return [Held(*row) for row in zip(modes, samples, *along, strict=True)], ratio.share
 

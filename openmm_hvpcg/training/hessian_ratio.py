@@ -5,7 +5,7 @@ PMF's curvature: along soft directions of C-alpha beads the one is nine tenths o
 (`benchmarks/information.py`). A pooled covariance knows the mean of a region alone, so that whatever the Hessian varies
 by within it would be taken for curvature of the PMF. Here the covariance of a frame is
 
-``beta C(R) v = beta C v + share * D (p(v) - P v)``,  ``D = beta C P^+``,
+``C(R) v = C v + share * D (p(v) - P v)``,  ``D = C P^+``,
 
 C and P the region's mean covariance and projected Hessian in local axes: with a share of one the covariance is in
 proportion to the Hessian (ratio estimator; Cochran, Sampling Techniques, 1977), with none it is the pooled one.
@@ -39,13 +39,14 @@ class HessianRatio:
 
     Attributes
     ----------
-    means : (K, 3B, 3B) kJ/mol/nm^2, of the regions, local axes
+    means, inverses : (K, 3B, 3B) kJ/mol/nm^2, of the regions, local axes; and their pseudoinverses
     probes, deviations, told : (F, P, 3B) at the frames of the fit, local axes: probes, what their HVPs are off the
         region's mean, and what of that frames with beads alike tell
     share : of the deviations that the covariance follows, 0 to 1, the same for all molecules
     """
 
     means: Tensor
+    inverses: Tensor
     probes: Tensor
     deviations: Tensor
     told: Tensor
@@ -68,31 +69,42 @@ class HessianRatio:
                 near = fine.multiply(x, fine.average(w, p[other], v[other]), v[own])
                 told[own] = near - pooled.multiply(x, pooled.average(w, p[other], v[other]), v[own])
         deviations = p - pooled.multiply(positions, means, v)
-        return cls(means, v.float(), deviations.float(), told.float())
+        return cls(means, _invert(means), v.float(), deviations.float(), told.float())
 
-    def compute_matrices(self, pooled: PooledCovariance, beta: float) -> Tensor:
-        """``D`` (K, 3B, 3B) of the regions."""
-        stiffness, modes = torch.linalg.eigh(self.means)
-        least = LEAST_STIFFNESS * stiffness.mean(dim=1, keepdim=True)
-        inverse = torch.where(stiffness > least, 1.0 / stiffness.clamp(min=1e-9), torch.zeros_like(stiffness))
-        return beta * pooled.regions @ (modes * inverse[:, None]) @ modes.transpose(1, 2)
+    def subtract_means(self, pooled: PooledCovariance, positions: Tensor, probes: Tensor, hvps: Tensor) -> Tensor:
+        """What HVPs (T, P, B, 3) of any frames (T, B, 3) are off their regions' means, in double."""
+        means = pooled.multiply(positions, self.means, pooled.turn(positions, probes))
+        return hvps - pooled.turn_back(positions, means)
 
-    def regress(
-        self, pooled: PooledCovariance, positions: Tensor, residuals: Tensor, beta: float
-    ) -> tuple[float, float]:
-        """Numerator and denominator of the share, from force residuals (F, 3B) in local axes as they were pooled."""
-        matrices = self.compute_matrices(pooled, beta)
-        v, told = self.probes.double(), pooled.multiply(positions, matrices, self.told.double())
+    def compute_matrices(self, pooled: PooledCovariance) -> Tensor:
+        """``D`` (K, 3B, 3B) of the regions, kJ/mol."""
+        return pooled.regions @ self.inverses
+
+    def compute_excess(self, pooled: PooledCovariance, positions: Tensor, residuals: Tensor) -> Tensor:
+        """``d (d . v) - C v`` (F, P, 3B) at the frames of the fit, from force residuals (F, 3B) as they were pooled."""
+        v = self.probes.double()
         own = residuals[:, None] * (v @ residuals[:, :, None])
-        excess = beta * (own - pooled.multiply(positions, pooled.regions, v))
-        followed = pooled.multiply(positions, matrices, self.deviations.double())
+        return own - pooled.multiply(positions, pooled.regions, v)
+
+    def regress(self, pooled: PooledCovariance, positions: Tensor, residuals: Tensor) -> tuple[float, float]:
+        """Numerator and denominator of the share, from force residuals (F, 3B) in local axes as they were pooled."""
+        matrices = self.compute_matrices(pooled)
+        told, followed = (pooled.multiply(positions, matrices, a.double()) for a in (self.told, self.deviations))
+        excess = self.compute_excess(pooled, positions, residuals)
         return float((told * excess).sum()), float((told * followed).sum())
 
-    def compute_change(self, pooled: PooledCovariance, positions: Tensor, deviations: Tensor, beta: float) -> Tensor:
+    def compute_change(self, pooled: PooledCovariance, positions: Tensor, deviations: Tensor) -> Tensor:
         """What covariances times probes change by (T, P, B, 3), where HVPs are off their means by ``deviations``."""
-        local = pooled.turn(positions, deviations)
-        product = pooled.multiply(positions, self.compute_matrices(pooled, beta), local)
-        return pooled.turn_back(positions, product * (self.share / beta)).to(deviations.dtype)
+        product = pooled.multiply(positions, self.compute_matrices(pooled), pooled.turn(positions, deviations))
+        return pooled.turn_back(positions, self.share * product).to(deviations.dtype)
+
+
+def _invert(matrices: Tensor) -> Tensor:
+    """Pseudoinverses of symmetric matrices (K, n, n)."""
+    stiffness, modes = torch.linalg.eigh(matrices)
+    least = LEAST_STIFFNESS * stiffness.mean(dim=1, keepdim=True)
+    inverse = torch.where(stiffness > least, 1.0 / stiffness.clamp(min=1e-9), torch.zeros_like(stiffness))
+    return (modes * inverse[:, None]) @ modes.transpose(1, 2)
 
 
 def find_share(terms: Sequence[tuple[float, float]]) -> float:

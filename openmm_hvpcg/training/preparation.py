@@ -95,7 +95,7 @@ class Prepared:
                 positions = self.storage.gather(molecule.positions, torch.from_numpy(frames))
                 left = pooled.fit(positions, residual)
                 if ratio is not None:
-                    terms.append(ratio.regress(pooled, positions, left, self.beta))
+                    terms.append(ratio.regress(pooled, positions, left))
         self.set_share(find_share(terms))
         self.apply_covariances()
 
@@ -115,7 +115,7 @@ class Prepared:
             self.molecules, self.pooled, self.ratios, self.deviations, strict=True
         ):
             if pooled is not None:
-                apply_pooled(pooled, molecule, self.storage, ratio, deviations, self.beta)
+                apply_pooled(pooled, molecule, self.storage, ratio, deviations)
 
 
 def prepare(
@@ -247,14 +247,13 @@ def apply_pooled(
     storage: Storage,
     ratio: HessianRatio | None = None,
     deviations: Tensor | None = None,
-    beta: float = 1.0,
 ) -> None:
     """Put the covariance times the probes of every frame into the molecule's tensors."""
     for start in range(0, len(molecule.positions), CHUNK_FRAMES):
         rows = slice(start, start + CHUNK_FRAMES)
         found = pooled.apply(molecule.positions[rows], molecule.probes[rows])
         if ratio is not None and deviations is not None and ratio.share > 0:
-            found += ratio.compute_change(pooled, molecule.positions[rows], deviations[rows], beta)
+            found += ratio.compute_change(pooled, molecule.positions[rows], deviations[rows])
         molecule.covariances[rows] = found
         storage.release()
 
@@ -284,9 +283,8 @@ def _find_ratio(
     deviations = storage.allocate(f"deviations-{dataset.name}", tuple(molecule.hvps.shape))
     for start in range(0, len(deviations), CHUNK_FRAMES):
         some = slice(start, start + CHUNK_FRAMES)
-        x, v = molecule.positions[some], molecule.probes[some]
-        expected = pooled.turn_back(x, pooled.multiply(x, ratio.means, pooled.turn(x, v)))
-        deviations[some] = (torch.from_numpy(np.array(dataset.hvps[some])) - expected).float()
+        hvps = torch.from_numpy(np.array(dataset.hvps[some]))
+        deviations[some] = ratio.subtract_means(pooled, molecule.positions[some], molecule.probes[some], hvps).float()
         storage.release()
     return ratio, deviations
 

@@ -52,15 +52,14 @@ def pool(sample: Sample) -> tuple[PooledCovariance, HessianRatio, float]:
     pooled = PooledCovariance(sample.positions, 1, seed=0)
     left = pooled.fit(sample.positions, sample.residuals)
     ratio = HessianRatio.build(pooled, sample.positions, sample.probes, sample.hvps, seed=0)
-    top, bottom = ratio.regress(pooled, sample.positions, left, BETA)
+    top, bottom = ratio.regress(pooled, sample.positions, left)
     ratio.share = find_share([(top, bottom)])
     return pooled, ratio, top / bottom
 
 
 def compute_change(sample: Sample, pooled: PooledCovariance, ratio: HessianRatio) -> Tensor:
-    x, v, p = sample.positions, sample.probes, pooled.turn(sample.positions, sample.hvps)
-    off = pooled.turn_back(x, p - pooled.multiply(x, ratio.means, pooled.turn(x, v)))
-    return ratio.compute_change(pooled, x, off, BETA)
+    off = ratio.subtract_means(pooled, sample.positions, sample.probes, sample.hvps)
+    return ratio.compute_change(pooled, sample.positions, off)
 
 
 def measure_error(sample: Sample, pooled: PooledCovariance, products: Tensor) -> float:
@@ -92,7 +91,7 @@ def test_stiffness_that_the_beads_do_not_tell_is_no_reason():
     assert abs(share) < 0.37
     left = pooled.fit(sample.positions, sample.residuals)
     ratio.told = ratio.deviations
-    assert find_share([ratio.regress(pooled, sample.positions, left, BETA)]) > 0.45
+    assert find_share([ratio.regress(pooled, sample.positions, left)]) > 0.45
 
 
 def test_change_turns_with_the_molecule_and_grows_with_the_share():
@@ -101,16 +100,16 @@ def test_change_turns_with_the_molecule_and_grows_with_the_share():
     ratio.share = 1.0
     x, v = sample.positions[:50], sample.probes[:50]
     rotation = torch.from_numpy(Rotation.random(rng=np.random.default_rng(3)).as_matrix())
-    found = ratio.compute_change(pooled, x, v, BETA)
+    found = ratio.compute_change(pooled, x, v)
     assert float(found.abs().max()) > 0
     # Double-precision rounding.
-    turned = ratio.compute_change(pooled, x @ rotation + 2.0, v @ rotation, BETA)
+    turned = ratio.compute_change(pooled, x @ rotation + 2.0, v @ rotation)
     torch.testing.assert_close(turned, found @ rotation, rtol=0, atol=1e-9 * float(found.abs().max()))
     ratio.share = 0.25
-    torch.testing.assert_close(ratio.compute_change(pooled, x, v, BETA), 0.25 * found)
+    torch.testing.assert_close(ratio.compute_change(pooled, x, v), 0.25 * found)
     # With a share of one the covariance is that of the Hessian's size: D takes the mean Hessian to the mean covariance.
-    matrices = ratio.compute_matrices(pooled, BETA)
-    torch.testing.assert_close(matrices @ ratio.means, BETA * pooled.regions, rtol=1e-6, atol=1e-6)
+    matrices = ratio.compute_matrices(pooled)
+    torch.testing.assert_close(matrices @ ratio.means, pooled.regions, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
