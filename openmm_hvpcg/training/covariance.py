@@ -154,12 +154,11 @@ class PooledCovariance:
 
     def turn(self, positions: Tensor, vectors: Tensor) -> Tensor:
         """Vectors (T, P, B, 3) in the axes of frames (T, B, 3): (T, P, 3B), in double."""
-        return torch.einsum("tbix,tpbx->tpbi", self.axes(positions.double()), vectors.double()).flatten(2)
+        return _turn(self.axes(positions.double()), vectors)
 
     def turn_back(self, positions: Tensor, local: Tensor) -> Tensor:
         """Inverse of :meth:`turn`."""
-        axes = self.axes(positions.double())
-        return torch.einsum("tbix,tpbi->tpbx", axes, local.reshape(*local.shape[:2], -1, 3))
+        return _turn_back(self.axes(positions.double()), local)
 
     def average(self, positions: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """Means (K, 3B, 3B) over regions of the symmetric part of ``first second^T``, both (T, P, 3B), local axes."""
@@ -174,8 +173,9 @@ class PooledCovariance:
 
     def apply(self, positions: Tensor, probes: Tensor) -> Tensor:
         """Covariance times probes, (T, P, B, 3) like the probes, at frames (T, B, 3)."""
-        product = self.multiply(positions, self.regions, self.turn(positions, probes))
-        return self.turn_back(positions, product).to(probes.dtype)
+        axes = self.axes(positions.double())
+        product = self.multiply(positions, self.regions, _turn(axes, probes))
+        return _turn_back(axes, product).to(probes.dtype)
 
     def whiten(self, positions: Tensor, out: Tensor | None = None, release: Callable[[], None] | None = None) -> Tensor:
         """``(C / c + floor)^(-1/2)`` (T, 3B, 3B) in the frames' own axes, c the mean variance, mean diagonal of its
@@ -218,6 +218,14 @@ class PooledCovariance:
         if len(self.centres) == 1:
             return torch.ones(len(features), 1, dtype=torch.float64)
         return torch.softmax(-(torch.cdist(features, self.centres) ** 2) / self.radius2, dim=1)
+
+
+def _turn(axes: Tensor, vectors: Tensor) -> Tensor:
+    return torch.einsum("tbix,tpbx->tpbi", axes, vectors.double()).flatten(2)
+
+
+def _turn_back(axes: Tensor, local: Tensor) -> Tensor:
+    return torch.einsum("tbix,tpbi->tpbx", axes, local.reshape(*local.shape[:2], -1, 3))
 
 
 def _average(first: Tensor, second: Tensor, weights: Tensor) -> Tensor:

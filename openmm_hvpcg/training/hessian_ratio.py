@@ -43,6 +43,7 @@ class HessianRatio:
     probes, deviations, told : (F, P, 3B) at the frames of the fit, local axes: probes, what their HVPs are off the
         region's mean, and what of that frames with beads alike tell
     share : of the deviations that the covariance follows, 0 to 1, the same for all molecules
+    everywhere : (T, P, B, 3), deviations of all frames, not in local axes; None until they are computed
     """
 
     means: Tensor
@@ -51,6 +52,7 @@ class HessianRatio:
     deviations: Tensor
     told: Tensor
     share: float = 0.0
+    everywhere: Tensor | None = None
 
     @classmethod
     def build(

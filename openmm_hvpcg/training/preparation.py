@@ -66,7 +66,6 @@ class Prepared:
     force_noise : variance a component of forces at held beads, from inner samples; None where labels are not averaged
     pooled : for each molecule its pooled covariance, fitted to what the priors leave; None where none is used
     ratios : for each molecule how its covariance follows the Hessian; None where it does not
-    deviations : for each molecule with a ratio (T, P, B, 3), what HVPs are off their regions' means; else None
     storage : where the tensors lie
     """
 
@@ -82,7 +81,6 @@ class Prepared:
     force_noise: float | None
     pooled: list[PooledCovariance | None]
     ratios: list[HessianRatio | None]
-    deviations: list[Tensor | None]
     storage: Storage
 
     def pool_covariances(self, residuals: Sequence[Tensor]) -> None:
@@ -111,11 +109,9 @@ class Prepared:
 
     def apply_covariances(self) -> None:
         """Put the covariance times the probes of every frame into the tensors."""
-        for molecule, pooled, ratio, deviations in zip(
-            self.molecules, self.pooled, self.ratios, self.deviations, strict=True
-        ):
+        for molecule, pooled, ratio in zip(self.molecules, self.pooled, self.ratios, strict=True):
             if pooled is not None:
-                apply_pooled(pooled, molecule, self.storage, ratio, deviations)
+                apply_pooled(pooled, molecule, self.storage, ratio)
 
 
 def prepare(
@@ -156,13 +152,12 @@ def prepare(
         _remove_priors(dataset, spec, molecule, storage)
     pooled: list[PooledCovariance | None] = []
     ratios: list[HessianRatio | None] = [None] * len(datasets)
-    deviations: list[Tensor | None] = [None] * len(datasets)
     pooling = [thin_rows(s[0], count_soft_features(d.bead_map.n_beads)) for s, d in zip(splits, datasets, strict=True)]
     for k, dataset in enumerate(datasets):
         molecules[k], own = _choose_covariance(dataset, molecules[k], splits[k][0], training, storage)
         pooled.append(own)
         if own is not None and training.covariance == "ratio" and training.hvp_weight != 0:
-            ratios[k], deviations[k] = _find_ratio(dataset, molecules[k], own, pooling[k], training.seed, storage)
+            ratios[k] = _find_ratio(dataset, molecules[k], own, pooling[k], training.seed, storage)
     for group in groups:
         group.own_share.copy_(torch.tensor([molecules[k].own_share for k in group.members], dtype=torch.float64))
     beta = 1.0 / compute_kt(temperature)
@@ -183,7 +178,6 @@ def prepare(
         _measure_noise(datasets, splits),
         pooled,
         ratios,
-        deviations,
         storage,
     )
 
@@ -246,14 +240,13 @@ def apply_pooled(
     molecule: MoleculeTensors,
     storage: Storage,
     ratio: HessianRatio | None = None,
-    deviations: Tensor | None = None,
 ) -> None:
     """Put the covariance times the probes of every frame into the molecule's tensors."""
     for start in range(0, len(molecule.positions), CHUNK_FRAMES):
         rows = slice(start, start + CHUNK_FRAMES)
         found = pooled.apply(molecule.positions[rows], molecule.probes[rows])
-        if ratio is not None and deviations is not None and ratio.share > 0:
-            found += ratio.compute_change(pooled, molecule.positions[rows], deviations[rows])
+        if ratio is not None and ratio.everywhere is not None and ratio.share > 0:
+            found += ratio.compute_change(pooled, molecule.positions[rows], ratio.everywhere[rows])
         molecule.covariances[rows] = found
         storage.release()
 
@@ -265,8 +258,8 @@ def _find_ratio(
     frames: NDArray[np.int64],
     seed: int,
     storage: Storage,
-) -> tuple[HessianRatio, Tensor]:
-    """How the covariance of a molecule follows its Hessian, and what all its HVPs are off their regions' means.
+) -> HessianRatio:
+    """How the covariance of a molecule follows its Hessian, with what all its HVPs are off their regions' means.
 
     The Hessian is the whole one, with the priors' part.
     """
@@ -286,7 +279,8 @@ def _find_ratio(
         hvps = torch.from_numpy(np.array(dataset.hvps[some]))
         deviations[some] = ratio.subtract_means(pooled, molecule.positions[some], molecule.probes[some], hvps).float()
         storage.release()
-    return ratio, deviations
+    ratio.everywhere = deviations
+    return ratio
 
 
 def _choose_covariance(

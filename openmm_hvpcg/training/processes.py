@@ -279,6 +279,5 @@ def load_prepared(folder: Path) -> Prepared:
         content["force_noise"],
         [None] * len(sizes),
         [None] * len(sizes),
-        [None] * len(sizes),
         storage,
     )

@@ -68,7 +68,7 @@ def compare_halves(frames: Frames, protocol: Protocol) -> tuple[dict[str, float]
     trajectories = [features[frames.walker == w] for w in dict.fromkeys(frames.walker.tolist())]
     modes = fit_slow_modes(trajectories, settings.lag_frames, frames.interval_ps, N_MODES)
     coordinates = modes.project(features)
-    mode = coordinates[:, :1]
+    mode, states = coordinates[:, :1], find_states(coordinates)
     place = np.concatenate([np.arange(len(t)) / len(t) for t in trajectories])
 
     def compare(first: Any, second: Any, weigh: tuple[bool, bool] = (False, False)) -> Landscape:
@@ -76,7 +76,7 @@ def compare_halves(frames: Frames, protocol: Protocol) -> tuple[dict[str, float]
             Sample(
                 mode[rows],
                 split_blocks(frames.walker[rows], settings.blocks),
-                weigh_frames(coordinates, frames.walker, rows) if weighted else None,
+                weigh_frames(states, frames.walker, rows) if weighted else None,
             )
             for rows, weighted in zip((first, second), weigh, strict=True)
         ]
@@ -103,9 +103,13 @@ def compare_halves(frames: Frames, protocol: Protocol) -> tuple[dict[str, float]
     }, by_start
 
 
-def weigh_frames(coordinates: NDArray[np.float64], walker: NDArray[np.int64], rows: NDArray[np.bool_]) -> Any:
+def find_states(coordinates: NDArray[np.float64]) -> Any:
+    """Clusters (T,) of frames along the slow modes (T, n)."""
+    return KMeans(N_STATES, fixed_seed=1, n_jobs=1).fit_fetch(coordinates).transform(coordinates)
+
+
+def weigh_frames(states: NDArray[np.int64], walker: NDArray[np.int64], rows: NDArray[np.bool_]) -> Any:
     """Weights of the frames of ``rows`` by the stationary distribution of a reversible Markov state model of them."""
-    states = KMeans(N_STATES, fixed_seed=1, n_jobs=1).fit_fetch(coordinates).transform(coordinates)
     paths = [states[walker == w] for w in dict.fromkeys(walker[rows].tolist())]
     counts = TransitionCountEstimator(LAG_FRAMES, "sliding").fit_fetch(paths).submodel_largest()
     stationary = np.zeros(N_STATES)

@@ -191,7 +191,7 @@ def test_convergence_is_judged(
         state[:, k] = np.where(leaves, 1 - state[:, k - 1], state[:, k - 1])
     walker = np.repeat(np.arange(walkers), n)
     coordinates = state.reshape(-1, 1) + 0.01 * rng.standard_normal((walkers * n, 1))
-    weights = convergence.weigh_frames(coordinates, walker, np.ones(walkers * n, dtype=bool))
+    weights = convergence.weigh_frames(convergence.find_states(coordinates), walker, np.ones(walkers * n, dtype=bool))
     share = weights[state.ravel() == 1].sum() / weights.sum()
     # About 110 crossings each way: 13 % of the ratio of rates, 0.03 of the share; four of them.
     assert share == pytest.approx(2 / 3, abs=0.12)
