@@ -151,6 +151,13 @@ class TrainingSettings(Settings):
         "plateau", description="of the learning rate: halved when validation stalls, or a cosine to the last epoch"
     )
     weight_decay: float = Field(0.0, ge=0)
+    weight_averaging: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay per step of a running mean of the network's weights, which is what is judged and kept; 0.999"
+        " averages over about 1000 steps; 0: the weights themselves",
+    )
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     max_epochs: int = Field(200, ge=1)
     patience: int = Field(
@@ -236,6 +243,7 @@ TRAINING_BEFORE: dict[str, Any] = {
     "whiten": "none",
     "density": 0.0,
     "schedule": "plateau",
+    "weight_averaging": 0.0,
     "frames_per_molecule": None,
     "devices": 1,
     "committee": 1,

@@ -28,6 +28,7 @@ from openmm_hvpcg.cores import choose_torch_threads, use_torch_threads
 from openmm_hvpcg.errors import BackendError, DataError, PotentialError, StudyError
 from openmm_hvpcg.potential import PotentialSpec
 from openmm_hvpcg.storage import describe_changes, explain_disk_errors, write_json
+from openmm_hvpcg.training.averaging import pick_weights
 from openmm_hvpcg.training.dataset import LabelledFrames
 from openmm_hvpcg.training.diagnosis import diagnose
 from openmm_hvpcg.training.evaluation import choose_network_share, evaluate_network
@@ -322,5 +323,5 @@ def _check_foreign(datasets: Sequence[LabelledFrames], model: ModelSettings) -> 
 def _load_network(checkpoint: Path, spec: PotentialSpec, model: ModelSettings) -> torch.nn.Module:
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     network = build_new_network(spec, model)
-    network.load_state_dict({k.removeprefix("network."): v for k, v in state.items()})
+    network.load_state_dict(pick_weights(state))
     return network.eval()

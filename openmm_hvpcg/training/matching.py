@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from openmm_hvpcg.config import TrainingSettings
+from openmm_hvpcg.training.averaging import average_weights
 from openmm_hvpcg.training.batches import Batch, BatchSampler, FrameBatches
 from openmm_hvpcg.training.derivatives import (
     EnergyFunction,
@@ -52,6 +53,8 @@ class MatchingModule(lightning.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.network = network
+        decay = settings.weight_averaging
+        self.averaged = average_weights(network, decay) if decay > 0 else None
         self.batches = FrameBatches(prepared.groups, prepared.storage)
         self.train_loss = math.nan
         self.settings = settings
@@ -62,9 +65,14 @@ class MatchingModule(lightning.LightningModule):
         self._method: HVPMethod | None = None
         self._schedule_state: dict[str, Any] | None = None
 
-    def compute_losses(self, batch: Batch, with_hvps: bool, create_graph: bool) -> Losses:
+    @property
+    def kept(self) -> torch.nn.Module:
+        """The network that is judged and kept: the one that is trained, or the mean of its weights."""
+        return self.network if self.averaged is None else self.averaged.module
+
+    def compute_losses(self, network: torch.nn.Module, batch: Batch, with_hvps: bool, create_graph: bool) -> Losses:
         """Normalised terms (see :mod:`openmm_hvpcg.training.losses`)."""
-        energy = bind_network(self.network, batch.species, batch.bonded)
+        energy = bind_network(network, batch.species, batch.bonded)
         density = None
         if not with_hvps and self.settings.density == 0:
             forces = compute_forces(energy, batch.positions, create_graph)
@@ -143,7 +151,7 @@ class MatchingModule(lightning.LightningModule):
         """Force residuals (F, B, 3) of every molecule at the frames that covariances are fitted to."""
         found = []
         for m, frames in zip(self.prepared.molecules, self.prepared.pooling, strict=True):
-            energy = bind_network(self.network, m.species.to(self.device), m.bonded)
+            energy = bind_network(self.kept, m.species.to(self.device), m.bonded)
             wanted = torch.zeros(len(m.positions), dtype=torch.bool)
             wanted[torch.from_numpy(frames)] = True
             residuals, done = torch.zeros(len(frames), *m.forces.shape[1:]), 0
@@ -177,10 +185,12 @@ class MatchingModule(lightning.LightningModule):
         self._set_rate(self.current_epoch * self._n_steps + k)
         self._optimizer.zero_grad()
         with_hvps = self.hvp_weight > 0 and self.current_epoch >= self.first_hvp_epoch
-        loss = self.combine(self.compute_losses(batch, with_hvps, create_graph=True))
+        loss = self.combine(self.compute_losses(self.network, batch, with_hvps, create_graph=True))
         self._step_back(loss * batch.weight)
         # The last one through Lightning, which saves no checkpoint where it has counted no step.
         (self._optimizer if k < self._n_steps - 1 else self.optimizers()).step()  # type: ignore[union-attr]
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.network)
         return loss.detach()
 
     def _step_back(self, loss: Tensor) -> None:
@@ -199,7 +209,7 @@ class MatchingModule(lightning.LightningModule):
         return len(batch.positions) * self.trainer.world_size if batch.weight > 0 else 0
 
     def validation_step(self, batch: Batch, _: int) -> None:
-        losses = self.compute_losses(batch, True, create_graph=False)
+        losses = self.compute_losses(self.kept, batch, True, create_graph=False)
         values = {"val_force": losses.force, "val_hvp": losses.hvp, "val_loss": self.combine(losses)}
         self.log_dict(values, batch_size=self._count_frames(batch), sync_dist=self.is_shared)  # type: ignore[arg-type]
 

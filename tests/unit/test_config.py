@@ -145,6 +145,7 @@ DEFAULTS: dict[str, Any] = {
         "learning_rate": 1e-3,
         "schedule": "plateau",
         "weight_decay": 0.0,
+        "weight_averaging": 0.0,
         "gradient_clip": 1.0,
         "max_epochs": 200,
         "patience": 20,

@@ -199,7 +199,7 @@ def test_mixed_batch_has_the_mean_loss_of_its_molecules(kind, changed):
     def compute(rows: slice) -> tuple[float, float, float, torch.Tensor]:
         batch = batches[BatchIndex(molecules[rows], frames[rows], probes[rows])]
         assert batch.species.shape == (len(batch.positions), 5)
-        losses = module.compute_losses(batch, True, create_graph=True)
+        losses = module.compute_losses(network, batch, True, create_graph=True)
         weights = [p for p in network.parameters() if all(p is not layer.bias for layer in last)]
         gradients = torch.autograd.grad(module.combine(losses), weights, allow_unused=True)
         density = 0.0 if losses.density is None else losses.density.item()
@@ -219,7 +219,7 @@ def test_mixed_batch_has_the_mean_loss_of_its_molecules(kind, changed):
     alone = FrameBatches(build_two(settings, mixed=False).groups)
     batch = alone[BatchIndex(molecules[:3], frames[:3], probes[:3])]
     assert batch.species.shape == (5,)
-    losses = module.compute_losses(batch, True, create_graph=False)
+    losses = module.compute_losses(network, batch, True, create_graph=False)
     assert (float(losses.force), float(losses.hvp)) == pytest.approx(first[:2], rel=1e-5)
 
 
@@ -549,10 +549,10 @@ def test_hvps_start_where_they_are_told_to(tmp_path, monkeypatch):
     seen, pooled = [], []
     compute, pool = MatchingModule.compute_losses, Prepared.pool_covariances
 
-    def record(self, batch, with_hvps, create_graph):
+    def record(self, network, batch, with_hvps, create_graph):
         if create_graph:
             seen.append((self.current_epoch, with_hvps))
-        return compute(self, batch, with_hvps, create_graph)
+        return compute(self, network, batch, with_hvps, create_graph)
 
     monkeypatch.setattr(MatchingModule, "compute_losses", record)
     monkeypatch.setattr(Prepared, "pool_covariances", lambda self, r: (pooled.append(len(seen)), pool(self, r))[1])
@@ -572,7 +572,13 @@ class Interruption(Exception):
 
 
 PAUSED = change(
-    hvp_weight="balanced", covariance="ratio", covariance_regions=2, schedule="cosine", hvp_start=0.34, patience=6
+    hvp_weight="balanced",
+    covariance="ratio",
+    covariance_regions=2,
+    schedule="cosine",
+    weight_averaging=0.9,
+    hvp_start=0.34,
+    patience=6,
 )
 
 
