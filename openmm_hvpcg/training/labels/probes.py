@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openmm_hvpcg.errors import ConfigError
+from openmm_hvpcg.training.labels.signs import draw_signs
 
 #: Share of a spring's stiffness that also acts across its line: keeps straight and flat molecules from having modes of
 #: no stiffness at all (central springs do not resist bending out of a line or a plane).
@@ -147,32 +148,33 @@ def draw_probes(
     if law.name == "soft" and (positions is None or positions.shape != (len(frames), n_beads, 3)):
         got = "none" if positions is None else positions.shape
         raise ConfigError("soft probes need the beads of the frames", expected=(len(frames), n_beads, 3), got=got)
+    if law.name == "rademacher":
+        probes = draw_signs(seed, frames, n_probes * n_beads * 3).reshape(len(frames), n_probes, n_beads, 3)
+        return _remove_translations(probes, seed, frames) if remove else probes
     probes = np.empty((len(frames), n_probes, n_beads, 3), dtype=np.float32)
     for i, frame in enumerate(frames.tolist()):
-        generator = np.random.default_rng([seed, frame])
-        if law.name == "rademacher":
-            probes[i] = _draw_signs(generator, probes[i].shape, remove)
-        else:
-            drawn = generator.standard_normal(probes[i].shape)
-            if law.name == "soft":
-                # The symmetric root: the signs of the modes and their order where they are alike do not matter.
-                root = _raise_to(*law._find_variances(positions[i]), 0.5)  # type: ignore[index]
-                drawn = (drawn.reshape(n_probes, -1) @ root).reshape(drawn.shape)
-            probes[i] = drawn - drawn.mean(axis=1, keepdims=True) if remove else drawn
+        drawn = np.random.default_rng([seed, frame]).standard_normal(probes[i].shape)
+        if law.name == "soft":
+            # The symmetric root: the signs of the modes and their order where they are alike do not matter.
+            root = _raise_to(*law._find_variances(positions[i]), 0.5)  # type: ignore[index]
+            drawn = (drawn.reshape(n_probes, -1) @ root).reshape(drawn.shape)
+        probes[i] = drawn - drawn.mean(axis=1, keepdims=True) if remove else drawn
     return probes
 
 
-def _draw_signs(generator: np.random.Generator, shape: tuple[int, ...], remove: bool) -> NDArray[np.float64]:
-    """Signs (P, B, 3). Without their translation, probes that are nothing else are drawn again."""
-    signs = np.asarray(2.0 * generator.integers(0, 2, size=shape) - 1.0, dtype=np.float64)
-    if not remove:
-        return signs
-    while (uniform := (signs == signs[:, :1]).all(axis=(1, 2))).any():
-        signs[uniform] = 2.0 * generator.integers(0, 2, size=(int(uniform.sum()), *shape[1:])) - 1.0
+def _remove_translations(signs: NDArray[np.float32], seed: int, frames: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Signs (n, P, B, 3) without their translation; probes that are nothing else are drawn again, on in the stream."""
+    shape = signs.shape[1:]
+    for i in np.flatnonzero((signs == signs[:, :, :1]).all(axis=(2, 3)).any(axis=1)):
+        generator = np.random.default_rng([seed, int(frames[i])])
+        drawn = 2.0 * generator.integers(0, 2, size=shape) - 1.0
+        while (uniform := (drawn == drawn[:, :1]).all(axis=(1, 2))).any():
+            drawn[uniform] = 2.0 * generator.integers(0, 2, size=(int(uniform.sum()), *shape[1:])) - 1.0
+        signs[i] = drawn
     # The zero probes left out were a share 8^(1-B): this much smaller, the others have the projector as second moment.
-    signs -= signs.mean(axis=1, keepdims=True)
-    signs *= np.sqrt(1.0 - 8.0 ** (1 - shape[1]))
-    return signs
+    centred = signs.astype(np.float64)
+    centred -= centred.mean(axis=2, keepdims=True)
+    return (centred * np.sqrt(1.0 - 8.0 ** (1 - shape[1]))).astype(np.float32)
 
 
 def compute_soft_modes(positions: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
