@@ -137,9 +137,9 @@ def _run_lightning(
     loader = DataLoader(module.batches, batch_size=None, sampler=validation)
     checkpoints = folder / "checkpoints"
     # At the end of the epoch, after the recorder and the learning-rate schedule, so that a resumed run lacks nothing.
-    checkpoint = ModelCheckpoint(
-        checkpoints, "best-{epoch}", monitor="val_loss", save_last=True, save_on_train_epoch_end=True
-    )
+    # Two of them: with ``save_last`` Lightning would write the last epoch only where it is the best one, too.
+    best = ModelCheckpoint(checkpoints, "best-{epoch}", monitor="val_loss", save_on_train_epoch_end=True)
+    every = ModelCheckpoint(checkpoints, "last", enable_version_counter=False, save_on_train_epoch_end=True)
     recorder = Recorder(prepared.scales, prepared.prior_validation, settings.force_weight, module.hvp_weight)
     last = checkpoints / "last.ckpt"
     resume, done = None, 0
@@ -160,7 +160,7 @@ def _run_lightning(
             strategy="auto" if place.n_ranks == 1 else SharedStrategy(),
             plugins=None if place.n_ranks == 1 else [ProcessPlace(place)],
             max_epochs=settings.max_epochs,
-            callbacks=[recorder, _Patience("val_loss", patience=settings.patience), checkpoint],
+            callbacks=[recorder, _Patience("val_loss", patience=settings.patience), best, every],
             logger=[
                 CSVLogger(folder / "logs", name="", version=LOGS[0]),
                 TensorBoardLogger(folder / "logs", name="", version=LOGS[1]),
@@ -173,7 +173,7 @@ def _run_lightning(
             log_every_n_steps=1,
         )
         trainer.fit(module, epochs, loader, ckpt_path=resume, weights_only=True)
-    return Trained(recorder, Path(checkpoint.best_model_path), int(trainer.current_epoch))
+    return Trained(recorder, Path(best.best_model_path), int(trainer.current_epoch))
 
 
 def _build_samplers(prepared: Prepared, settings: TrainingSettings, place: Place) -> list[BatchSampler]:

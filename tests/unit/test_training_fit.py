@@ -316,6 +316,24 @@ def test_density_takes_part_in_the_training(tmp_path):
     assert any("80 % from the density" in line for line in results[2].metrics["diagnosis"]["weights"])
 
 
+def test_the_last_epoch_is_kept_whether_or_not_it_is_the_best(tmp_path, caplog):
+    """Or a training that is killed long after its best epoch would go back to it."""
+    settings = change(learning_rate=3e-2, schedule="cosine", max_epochs=20, hvp_weight=0.0)
+    result = train(tmp_path, settings, n_frames=60, force_noise=500.0)
+    checkpoints = tmp_path / "checkpoints"
+    epochs = {p.name: torch.load(p, weights_only=True)["epoch"] for p in checkpoints.iterdir()}
+    best = result.metrics["best_epoch"]
+    # So few frames of so much noise are overfitted.
+    assert best < 15
+    assert epochs == {f"best-epoch={best}.ckpt": best, "last.ckpt": 19}
+    (tmp_path / "training.json").unlink()
+    with caplog.at_level(logging.INFO, "openmm_hvpcg"):
+        again = train(tmp_path, settings, n_frames=60, force_noise=500.0)
+    assert "training resumes after epoch 20" in caplog.text
+    assert again.curves == result.curves
+    assert again.metrics["best_epoch"] == best
+
+
 def test_damaged_result_is_named(trained, tmp_path):
     folder, _ = trained
     (tmp_path / "training.json").write_text(json.dumps({"spec": {}}))
