@@ -111,6 +111,15 @@ def load_labels(path: Path) -> list[LabelledFrames]:
         return [_read_labels(root, name, path) for name, _ in sorted(root.groups())]
 
 
+def choose_part(dataset: LabelledFrames, n_parts: int, part: int) -> LabelledFrames:
+    """Every ``n_parts``-th frame of each walker from frame ``part`` on: different parts have no frame in common."""
+    place = np.zeros(dataset.n_frames, dtype=np.int64)
+    for walker in np.unique(dataset.walker):
+        rows = np.flatnonzero(dataset.walker == walker)
+        place[rows] = np.arange(len(rows))
+    return dataset.select(np.flatnonzero(place % n_parts == part % n_parts))
+
+
 def _read_labels(root: zarr.Group, name: str, where: Path) -> LabelledFrames:
     group = root[name]
     attributes = json.loads(group.attrs["labels"])

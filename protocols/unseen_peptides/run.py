@@ -35,6 +35,7 @@ from peptides import (
     REFERENCES,
     build_map,
     build_system,
+    choose_part,
     label_peptide,
     list_peptides,
     load_labels,
@@ -241,7 +242,10 @@ def run_one(protocol: Protocol, options: argparse.Namespace, work: Work, peptide
 
 
 def choose_settings(protocol: Protocol, work: Work) -> tuple[TrainingSettings, ModelSettings]:
-    """A quarter of the frames is trained on for as many steps as all of them: the budget is the same."""
+    """A quarter of the frames is trained on for as many steps as all of them: the budget is the same.
+
+    Every seed has a quarter of its own, the fifth the first one again.
+    """
     training, model = resolve_arm(protocol, work.arm)
     epochs = training.max_epochs * count_frames(protocol) // work.size
     few = {"seed": work.seed, "frames_per_molecule": work.size, "max_epochs": epochs}
@@ -252,7 +256,8 @@ def train_one(protocol: Protocol, options: argparse.Namespace, work: Work) -> No
     began = time.process_time()
     training, model = choose_settings(protocol, work)
     folder = options.out / "models" / work.name
-    datasets = load_labels(options.labels)
+    n_parts = count_frames(protocol) // work.size
+    datasets = [choose_part(d, n_parts, work.seed - 1) for d in load_labels(options.labels)]
     fit = fit_potential(datasets, training, model, protocol.priors, folder / "fit", arm=work.arm, progress=False)
     shutil.rmtree(folder / "fit" / "logs", ignore_errors=True)
     export_potential(fit.network, fit.spec, folder / "potential.pt", datasets[0].positions[:64])

@@ -170,6 +170,27 @@ def test_means_of_networks_are_judged_as_one(study: Path, call: Callable[..., No
     assert "the mean of 2 networks" in (tmp_path / "report" / "table.md").read_text()
 
 
+def test_seeds_of_fewer_frames_have_frames_of_their_own(
+    study: Path, call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[Any] = []
+
+    def record(datasets: list[Any], *_: Any, **__: Any) -> None:
+        used.append(datasets[0])
+        raise InterruptedError
+
+    monkeypatch.setattr(importlib.import_module("run"), "fit_potential", record)
+    common = ("--protocol", study / "protocol.yaml", "--data", study / "data", "--jobs", 1)
+    for seed in (1, 2, 3):
+        with pytest.raises(InterruptedError):
+            call("run", *common, "study", "--out", tmp_path, "--arms", "fm", "--sizes", 20, "--seeds", seed)
+    first, second, third = used
+    assert first.hash == third.hash
+    assert [np.unique(d.walker, return_counts=True)[1].tolist() for d in (first, second)] == [[10, 10], [10, 10]]
+    # Half of 40 frames each, none of them in both.
+    assert len(np.unique(np.concatenate([first.positions, second.positions]), axis=0)) == 40
+
+
 def test_convergence_is_judged(
     study: Path, call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
