@@ -165,12 +165,6 @@ class TrainingSettings(Settings):
         ge=1,
         description="plateau: epochs without a better validation loss before stopping; a cosine runs on",
     )
-    keep: Literal["best", "last"] = Field(
-        "best",
-        description="epoch whose weights are kept: best, with the least loss on held-out frames, and of the network's"
-        " energy the share that is best there; last: what the slow modes hang on is learnt last, and held-out forces"
-        " hardly show it",
-    )
     frames_per_molecule: int | None = Field(
         None, ge=2, description="at most so many frames of each molecule, evenly spaced over its walkers; null: all"
     )
@@ -250,7 +244,6 @@ TRAINING_BEFORE: dict[str, Any] = {
     "density": 0.0,
     "schedule": "plateau",
     "weight_averaging": 0.0,
-    "keep": "best",
     "frames_per_molecule": None,
     "devices": 1,
     "committee": 1,

@@ -171,7 +171,7 @@ def _train_arm(study: Study, arm: str) -> None:
     figures = result.metrics
     logger.info(
         "%s: validation force error %.1f (priors %.1f, label noise %s) kJ/mol/nm, HVP error %.3g (priors %.3g,"
-        " label noise %s) kJ/mol/nm^2, kept of %d epochs: %d",
+        " label noise %s) kJ/mol/nm^2, best of %d epochs: %d",
         arm,
         figures["force_rmse_validation"],
         figures["force_rmse_priors"],

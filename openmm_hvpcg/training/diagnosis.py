@@ -290,9 +290,7 @@ def _describe_course(metrics: Mapping[str, Any], settings: TrainingSettings) -> 
     """What the course of the training says."""
     lines = []
     best, epochs, share = int(metrics["best_epoch"]) + 1, int(metrics["epochs"]), float(metrics["network_share"])
-    if settings.keep == "last":
-        lines.append(f"The weights of the last epoch ({epochs}) were kept, whatever held-out frames say (keep: last).")
-    elif epochs >= settings.max_epochs and best > 0.95 * epochs:
+    if epochs >= settings.max_epochs and best > 0.95 * epochs:
         lines.append(
             f"Validation was still improving when training ended (best epoch {best} of {epochs}): raise max_epochs"
             " before anything else."

@@ -131,15 +131,15 @@ def fit_potential(
         if members is None:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "made_from.json", made_from)
-            network, course, curves, checkpoint = _train_one(prepared, training, model, folder, progress)
+            network, course, curves, best = _train_one(prepared, training, model, folder, progress)
         else:
             network, course, curves = _combine(members)
-            checkpoint = None
+            best = None
         metrics = _judge(network, prepared, datasets, training, arm, course)
     spec = replace(prepared.spec, metrics=metrics, provenance=prepared.spec.provenance | describe_source(model))
     content = {
         "spec": json.loads(spec.to_json()),
-        **({"best": checkpoint} if members is None else {"committee": len(members)}),
+        **({"best": best} if members is None else {"committee": len(members)}),
         "network_share": metrics["network_share"],
         "curves": curves,
         "metrics": metrics,
@@ -151,18 +151,18 @@ def fit_potential(
 def _train_one(
     prepared: Prepared, training: TrainingSettings, model: ModelSettings, folder: Path, progress: bool
 ) -> tuple[torch.nn.Module, dict[str, Any], list[dict[str, float]], str]:
-    """The network of the epoch to keep, how the training went, its curves, and the name of the checkpoint."""
+    """The network of the best epoch, how the training went, its curves, and the name of the checkpoint."""
     began = time.perf_counter()
     trained = train_in_processes(prepared, training, model, folder, progress)
     first, *rest = trained.recorder.curves
     course = {
         "peak_loss": max(row["train_loss"] for row in rest) / first["val_loss"],
         "epochs": trained.n_epochs,
-        "best_epoch": int(torch.load(trained.kept, weights_only=True)["epoch"]),
+        "best_epoch": int(torch.load(trained.best, weights_only=True)["epoch"]),
         "wall_time_s": trained.recorder.seconds_before + time.perf_counter() - began,
     }
-    network = _load_network(trained.kept, prepared.spec, model)
-    return network, course, trained.recorder.curves, trained.kept.name
+    network = _load_network(trained.best, prepared.spec, model)
+    return network, course, trained.recorder.curves, trained.best.name
 
 
 def _fit_members(
@@ -257,12 +257,10 @@ def _judge(
 ) -> dict[str, Any]:
     """Scale the network to its best share, in place; measure its errors, and say what is to be said of them.
 
-    ``course`` is how the training went, for the metrics. A network of the last epoch stays as it is.
+    ``course`` is how the training went, for the metrics.
     """
     hvp_weight = get_hvp_weight(training, prepared)
-    share = 1.0
-    if training.keep == "best":
-        share = choose_network_share(network, prepared, training.force_weight, hvp_weight, training.density)
+    share = choose_network_share(network, prepared, training.force_weight, hvp_weight, training.density)
     scale_energy(network, share)
     metrics = evaluate_network(network, prepared, datasets)
     metrics |= {

@@ -95,10 +95,10 @@ class Recorder(Callback):
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training leaves: its curves and times, the file of the epoch to keep, and how many epochs it had."""
+    """What a training leaves: its curves and times, the file of the best epoch, and how many epochs it had."""
 
     recorder: Recorder
-    kept: Path
+    best: Path
     n_epochs: int
 
 
@@ -173,8 +173,7 @@ def _run_lightning(
             log_every_n_steps=1,
         )
         trainer.fit(module, epochs, loader, ckpt_path=resume, weights_only=True)
-    kept = best if settings.keep == "best" else every
-    return Trained(recorder, Path(kept.best_model_path), int(trainer.current_epoch))
+    return Trained(recorder, Path(best.best_model_path), int(trainer.current_epoch))
 
 
 def _build_samplers(prepared: Prepared, settings: TrainingSettings, place: Place) -> list[BatchSampler]:

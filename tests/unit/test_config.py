@@ -146,7 +146,6 @@ DEFAULTS: dict[str, Any] = {
         "schedule": "plateau",
         "weight_decay": 0.0,
         "weight_averaging": 0.0,
-        "keep": "best",
         "gradient_clip": 1.0,
         "max_epochs": 200,
         "patience": 20,

@@ -176,9 +176,6 @@ def test_the_course_of_the_training_in_words() -> None:
     assert "still improving when training ended (best epoch 99 of 100)" in tell(best_epoch=98)
     assert "best epoch came early (10 of 60)" in tell(best_epoch=9, epochs=60)
     assert "42 % of the network's energy was kept" in tell(network_share=0.42)
-    settings = TrainingSettings(max_epochs=100, keep="last")
-    assert tell(best_epoch=99).startswith("The weights of the last epoch (100) were kept")
-    assert "still improving" not in tell(best_epoch=99)
 
 
 def test_a_training_that_ran_away_is_named() -> None:

@@ -334,24 +334,6 @@ def test_the_last_epoch_is_kept_whether_or_not_it_is_the_best(tmp_path, caplog):
     assert again.metrics["best_epoch"] == best
 
 
-def test_the_last_epoch_is_what_is_kept_where_that_is_asked_for(tmp_path):
-    """Whole, though held-out forces ask for an earlier one, and for less of it."""
-    settings = change(learning_rate=3e-2, schedule="cosine", max_epochs=20, hvp_weight=0.0)
-    best, last = (
-        train(tmp_path / keep, settings.model_copy(update={"keep": keep}), n_frames=60, force_noise=500.0)
-        for keep in ("best", "last")
-    )
-    assert best.curves == last.curves
-    assert best.metrics["best_epoch"] < 15
-    assert last.metrics["best_epoch"] == 19
-    assert best.metrics["network_share"] < 1.0
-    assert last.metrics["network_share"] == 1.0
-    weights = torch.load(tmp_path / "best" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    for network in (last.network, load_fit(tmp_path / "last").network):
-        for name, value in network.state_dict().items():
-            assert torch.equal(value, weights[f"network.{name}"])
-
-
 def test_damaged_result_is_named(trained, tmp_path):
     folder, _ = trained
     (tmp_path / "training.json").write_text(json.dumps({"spec": {}}))
