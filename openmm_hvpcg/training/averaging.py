@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-#: Where the mean of the first few steps begins, the decay grows as (1 + n) / (WARMUP + n), so that the untrained
-#: weights are soon forgotten.
+#: In the first steps the decay of step n is (1 + n) / (WARMUP + n), so that the untrained weights are soon forgotten.
 WARMUP = 10
 #: Names of the weights of the last step, and of the mean, in a checkpoint.
 CURRENT, AVERAGED = "network.", "averaged.module."
