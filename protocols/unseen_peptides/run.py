@@ -256,7 +256,7 @@ def train_one(protocol: Protocol, options: argparse.Namespace, work: Work) -> No
     began = time.process_time()
     training, model = choose_settings(protocol, work)
     folder = options.out / "models" / work.name
-    n_parts = count_frames(protocol) // work.size
+    n_parts = max(1, count_frames(protocol) // work.size)
     datasets = [choose_part(d, n_parts, work.seed - 1) for d in load_labels(options.labels)]
     fit = fit_potential(datasets, training, model, protocol.priors, folder / "fit", arm=work.arm, progress=False)
     shutil.rmtree(folder / "fit" / "logs", ignore_errors=True)

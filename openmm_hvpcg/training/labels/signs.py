@@ -22,8 +22,7 @@ Words = NDArray[np.uint32]
 Longs = NDArray[np.uint64]
 
 #: The largest index of a frame that is one word of the seed.
-MAX_FRAME = 2**32 - 1
-_MASK = 2**32 - 1
+MAX_FRAME = _MASK = 2**32 - 1
 _POOL = 4
 _INIT_A, _MULT_A = 0x43B0D7E5, 0x931E8875
 _INIT_B, _MULT_B = 0x8B51F9DD, 0x58F38DED
