@@ -23,6 +23,8 @@ from openmm_hvpcg.training.projection import build_projector
 
 #: What is judged; see :class:`_Figures`.
 TERMS = ("force", "hvp", "loss_force", "loss_hvp")
+#: Probes of each frame, of the random ones it has, that are judged: more cost time, and the frames' scatter stays.
+JUDGED_PROBES = 8
 #: Stretches of the held-out frames behind standard errors.
 N_STRETCHES = 10
 
@@ -30,7 +32,7 @@ N_STRETCHES = 10
 def evaluate_network(
     network: torch.nn.Module, prepared: Prepared, datasets: Sequence[LabelledFrames]
 ) -> dict[str, Any]:
-    """Errors with all probes, over all molecules and, under ``molecules``, for each.
+    """Errors with the first ``JUDGED_PROBES`` probes of a frame, over all molecules and, under ``molecules``, for each.
 
     Keys: ``force_rmse_validation``, ``force_rmse_priors``, ``force_rmse_training``, ``force_noise`` (kJ/mol/nm, rms per
     component); ``hvp_rmse_validation``, ``hvp_rmse_priors``, ``hvp_rmse_training``, ``hvp_noise`` (kJ/mol/nm^2);
@@ -115,7 +117,7 @@ def _judge(
     # Places for what is kept, made first: small pieces kept from every chunk would hold the memory of the rest.
     squares = {name: np.zeros((2, n_frames)) for name in TERMS}
     kept = {name: _make_room(tensors.forces, chosen) for name in ("positions", "force", "loss_force")}
-    kept |= {name: _make_room(tensors.hvps, chosen) for name in ("probes", "hvp", "loss_hvp")}
+    kept |= {name: _make_room(tensors.hvps[:, :JUDGED_PROBES], chosen) for name in ("probes", "hvp", "loss_hvp")}
     for start in range(0, n_frames, CHUNK_FRAMES):
         rows = slice(start, start + CHUNK_FRAMES)
         part = _take(tensors, rows)
@@ -143,10 +145,11 @@ def _make_room(tensor: Tensor, frames: NDArray[np.int64]) -> NDArray[np.float32]
 
 
 def _take(tensors: MoleculeTensors, rows: slice) -> MoleculeTensors:
-    """Some of the frames."""
-    names = ["positions", "forces", "probes", "hvps", "covariances"]
-    names += [] if tensors.whitening is None else ["whitening"]
-    return replace(tensors, **{name: getattr(tensors, name)[rows] for name in names})
+    """Some of the frames, with the probes that are judged."""
+    names = ["positions", "forces"] + ([] if tensors.whitening is None else ["whitening"])
+    found = {name: getattr(tensors, name)[rows] for name in names}
+    found |= {name: getattr(tensors, name)[rows, :JUDGED_PROBES] for name in ("probes", "hvps", "covariances")}
+    return replace(tensors, **found)
 
 
 def _compute_terms(network: torch.nn.Module, tensors: MoleculeTensors, beta: float) -> dict[str, tuple[Tensor, Tensor]]:

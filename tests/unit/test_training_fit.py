@@ -19,12 +19,13 @@ from training_cases import KT, NO_PRIORS, REST, build_labels
 from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
 from openmm_hvpcg.errors import DataError, PotentialError, StudyError
 from openmm_hvpcg.potential import load_potential, save_potential
+from openmm_hvpcg.training import evaluation as evaluation_module
 from openmm_hvpcg.training import fit as fit_module
 from openmm_hvpcg.training import matching as matching_module
 from openmm_hvpcg.training import preparation as preparation_module
 from openmm_hvpcg.training.batches import BatchIndex, FrameBatches
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
-from openmm_hvpcg.training.evaluation import choose_network_share
+from openmm_hvpcg.training.evaluation import JUDGED_PROBES, choose_network_share, evaluate_network
 from openmm_hvpcg.training.export import export_potential, script_potential
 from openmm_hvpcg.training.fit import fit_potential, load_fit
 from openmm_hvpcg.training.losses import compute_hvp_target, density_loss, force_loss, hvp_loss
@@ -300,6 +301,26 @@ def test_hvps_are_matched_where_they_are_asked_for(tmp_path):
     assert len({r.metrics["hvp_rmse_priors"] for r in results}) == 1
     for result, words in zip(results[1:], ("bonds and angles", "bonds"), strict=True):
         assert any(f"HVPs are matched along {words} alone" in line for line in result.metrics["diagnosis"]["weights"])
+
+
+def test_few_of_many_probes_are_judged(monkeypatch):
+    """A network is judged as on labels that have no more probes, and without an HVP of any other."""
+    asked = []
+
+    def count(energy, positions, probes, *args):
+        asked.append(probes.shape[1])
+        return compute_forces_and_hvps(energy, positions, probes, *args)
+
+    monkeypatch.setattr(evaluation_module, "compute_forces_and_hvps", count)
+    many = build_labels(n_frames=60, n_probes=JUDGED_PROBES + 4, force_noise=100.0)
+    few = replace(many, probes=many.probes[:, :JUDGED_PROBES], hvps=many.hvps[:, :JUDGED_PROBES])
+    network = build_network(len(set(many.bead_map.species)), MODEL, KT)
+    settings = change(covariance="frame")
+    first, second = (evaluate_network(network, prepare_labels(data, settings), [data]) for data in (many, few))
+    assert set(asked) == {JUDGED_PROBES}
+    assert first["hvp_noise"] is not None
+    for key in ("force_rmse_validation", "force_noise", "hvp_rmse_validation", "hvp_noise", "hvp_rmse_training"):
+        assert first[key] == second[key], key
 
 
 def test_density_takes_part_in_the_training(tmp_path):
