@@ -1,10 +1,13 @@
-"""How well a CG run reproduces the all-atom reference of a peptide: the figures of the study's tables and plots."""
+"""How well a model does on a peptide: CG runs beside the all-atom reference, and forces beside labels."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import mdtraj as md
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from openmm_hvpcg.analysis.compare import compare_runs, list_after_burn_in
@@ -12,11 +15,35 @@ from openmm_hvpcg.analysis.distributions import Landscape, Sample, compare_obser
 from openmm_hvpcg.analysis.divergences import split_blocks
 from openmm_hvpcg.config import AnalysisSettings
 from openmm_hvpcg.frames import Frames
+from openmm_hvpcg.potential import PotentialSpec
+from openmm_hvpcg.training.dataset import LabelledFrames
+from openmm_hvpcg.training.derivatives import compute_forces
+from openmm_hvpcg.training.models.total import TotalEnergy
 
 #: Beads at least this far apart along the chain, and this near in space, are in contact.
 CONTACT_BEADS = 3
 CONTACT_NM = 0.7
 ARM = "arm"
+
+
+def choose_beads(run: Frames, topology: md.Topology) -> Frames:
+    """The beads of a run that ``topology`` has, by the number of their residue and their name, in its order."""
+    place = {(a.residue.chain.index, a.residue.resSeq, a.name): a.index for a in run.topology.atoms}
+    beads = [place[a.residue.chain.index, a.residue.resSeq, a.name] for a in topology.atoms]
+    return Frames(run.positions[:, beads], topology, run.temperature_K, run.walker, run.interval_ps)
+
+
+def judge_forces(network: torch.nn.Module, spec: PotentialSpec, labels: LabelledFrames) -> dict[str, list[float]]:
+    """Mean squares per component, (kJ/mol/nm)^2, of what the model and its priors alone leave of the force labels.
+
+    One for each walker. All hold the noise of the labels, which differences of two models do not.
+    """
+    total = TotalEnergy(network, replace(spec, bead_map=labels.bead_map)).eval()
+    positions = torch.from_numpy(labels.positions).double()
+    found = {"model": total.frame_energies, "priors": total.prior_energies}
+    squares = {name: np.square(labels.forces - compute_forces(f, positions).numpy()) for name, f in found.items()}
+    walkers = np.unique(labels.walker)
+    return {name: [float(s[labels.walker == w].mean()) for w in walkers] for name, s in squares.items()}
 
 
 def judge(reference: Frames, run: Frames, settings: AnalysisSettings, peptide: str) -> dict[str, Any]:

@@ -132,8 +132,8 @@ def _read_labels(root: zarr.Group, name: str, where: Path) -> LabelledFrames:
     )
 
 
-def load_trained(path: Path, name: str) -> tuple[Frames, BeadMap]:
-    """Bead positions of a peptide that was trained on, from its labels."""
+def load_labelled(path: Path, name: str) -> tuple[Frames, BeadMap]:
+    """Bead positions of a peptide, from its labels."""
     with _open_archive(path) as root:
         data, facts = _read_labels(root, name, path), dict(root.attrs)
     kept = np.bincount(data.walker).max()

@@ -164,6 +164,7 @@ def make_tables(results: Results) -> str:
     parts += ["### Share of the CG frames beyond the range of the AA data along mode 1", *make_outside(results), ""]
     parts += [f"## Peptides that were trained on, {largest} frames", *make_trained(results, largest), ""]
     parts += ["## Sizes and contacts", *make_moments(results, largest), ""]
+    parts += make_unseen_forces(results)
     parts += ["## Training", *make_training(results)]
     return "\n".join(parts) + "\n"
 
@@ -267,6 +268,43 @@ def make_moments(results: Results, size: int) -> list[str]:
     return lines
 
 
+def make_unseen_forces(results: Results) -> list[str]:
+    """What networks take off the mean square of the force labels of unseen peptides, in which noise cancels."""
+    if not any(r["fit"].get("unseen_forces") for r in results.runs):
+        return []
+    cases = [(size, arm) for size in results.sizes for arm in results.arms]
+    heads = [f"{NAMES[arm]}{'' if arm == 'fm' else ', beyond FM'}, {size}" for size, arm in cases]
+    lines = [
+        "## Forces of unseen peptides",
+        "What FM takes off the mean square that its priors leave, (kJ/mol/nm)^2 a component, and what others take off"
+        " beyond FM; errors over walkers.",
+        "",
+        f"| peptide | {' | '.join(heads)} |",
+        "|" + " --- |" * (1 + len(cases)),
+    ]
+    sums: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
+    for peptide in results.peptides:
+        cells = []
+        for size, arm in cases:
+            better, worse = (find_squares(results, a, size, peptide) for a in (arm, "fm"))
+            if better is None or worse is None:
+                cells.append("-")
+                continue
+            gains = worse[1] - better[0] if arm == "fm" else worse[0] - better[0]
+            sums[size, arm].append(float(gains.mean()))
+            cells.append(f"{gains.mean():.0f} ± {gains.std(ddof=1) / np.sqrt(len(gains)):.0f}")
+        lines.append(f"| {peptide} | {' | '.join(cells)} |")
+    means = [f"{np.mean(sums[case]):.0f}" if sums[case] else "-" for case in cases]
+    return [*lines, f"| mean | {' | '.join(means)} |", ""]
+
+
+def find_squares(results: Results, arm: str, size: int, peptide: str) -> Any:
+    """Mean squares (2, W) that model and priors leave of a peptide's labels, by walker; None where there are none."""
+    fits = [r["fit"].get("unseen_forces", {}) for r in results.runs if (r["arm"], r["n_frames"]) == (arm, size)]
+    found = [[f[peptide]["model"], f[peptide]["priors"]] for f in fits if peptide in f]
+    return np.mean(found, axis=0) if found else None
+
+
 def make_training(results: Results) -> list[str]:
     lines = [
         "| arm | frames a peptide | seeds | validation force error (label noise) | validation HVP error | CPU s |",
@@ -276,7 +314,8 @@ def make_training(results: Results) -> list[str]:
         for arm in results.arms:
             fits = [r["fit"] for r in results.runs if r["arm"] == arm and r["n_frames"] == size]
             if fits:
-                mean = {k: float(np.mean([f[k] for f in fits])) for k in fits[0] if fits[0][k] is not None}
+                numbers = [k for k, value in fits[0].items() if isinstance(value, (int, float))]
+                mean = {k: float(np.mean([f[k] for f in fits])) for k in numbers}
                 lines.append(
                     f"| {NAMES[arm]} | {size} | {len(fits)} | {mean['force_rmse_validation']:.1f}"
                     f" ({mean.get('force_noise', float('nan')):.1f}) | {mean['hvp_rmse_validation']:.4g} |"

@@ -7,7 +7,8 @@
     python protocols/unseen_peptides/run.py means OUT --out MEANS   the same of the mean of the networks of all seeds
 
 With `--protocol .../many.yaml --labels LABELS` the study trains on seven times the peptides, a tenth of the frames of
-each; their labels are made by sample_many.py.
+each; their labels are made by sample_many.py. With `--protocol .../backbone.yaml --labels LABELS --unseen UNSEEN` it is
+one of backbone beads, judged by those that the references have.
 
 Every piece goes on where it was stopped. OUT/results.json holds what is finished; `report.py` makes tables and plots
 of it.
@@ -29,7 +30,7 @@ import joblib
 import numpy as np
 import openmm
 import torch
-from judging import judge
+from judging import choose_beads, judge, judge_forces
 from peptides import (
     LABELS,
     REFERENCES,
@@ -38,9 +39,9 @@ from peptides import (
     choose_part,
     label_peptide,
     list_peptides,
+    load_labelled,
     load_labels,
     load_reference,
-    load_trained,
     save_labels,
     save_references,
 )
@@ -49,6 +50,7 @@ from sample_crowd import GRID_NM, STARTS
 from openmm_hvpcg.config import ModelSettings, Protocol, TrainingSettings, load_protocol, resolve_arm
 from openmm_hvpcg.errors import UnstableSimulationError
 from openmm_hvpcg.frames import Frames
+from openmm_hvpcg.potential import PotentialSpec
 from openmm_hvpcg.simulation import load_run, simulate
 from openmm_hvpcg.storage import write_json
 from openmm_hvpcg.training.export import export_potential
@@ -94,6 +96,11 @@ def main() -> None:
     means.add_argument("--out", type=Path, required=True)
     for piece in (study, means):
         piece.add_argument("--labels", type=Path, help=f"the archive to train on, if not {LABELS} of --data")
+        piece.add_argument(
+            "--unseen",
+            type=Path,
+            help="labelled frames of the unseen peptides (sample_many.py): forces are judged on them, runs start there",
+        )
         piece.add_argument(
             "--peptides", nargs="+", help="the unseen ones, if not given; trained ones tell what is transfer"
         )
@@ -267,6 +274,7 @@ def train_one(protocol: Protocol, options: argparse.Namespace, work: Work) -> No
         *("force_noise", "hvp_noise"),
     )
     content = {k: fit.metrics[k] for k in keys} | {"training_cpu_s": time.process_time() - began}
+    content["unseen_forces"] = judge_unseen(options, fit.network, fit.spec)
     write_json(result_path(options.out, work, None), content)
 
 
@@ -280,17 +288,27 @@ def combine_one(protocol: Protocol, options: argparse.Namespace, work: Work) -> 
     positions = load_labels(options.labels)[0].positions[:64]
     export_potential(network, fits[0].spec, folder / "potential.pt", positions)
     found = [json.loads((place / "fit.json").read_text("utf-8")) for place in places]
-    content = {k: None if found[0][k] is None else float(np.mean([f[k] for f in found])) for k in found[0]}
+    numbers = [k for k, value in found[0].items() if not isinstance(value, dict)]
+    content = {k: None if found[0][k] is None else float(np.mean([f[k] for f in found])) for k in numbers}
+    content["unseen_forces"] = judge_unseen(options, network, fits[0].spec)
     content |= {"networks": len(found), "training_cpu_s": sum(f["training_cpu_s"] for f in found)}
     write_json(result_path(options.out, work, None), content)
+
+
+def judge_unseen(options: argparse.Namespace, network: torch.nn.Module, spec: PotentialSpec) -> dict[str, Any]:
+    """What is left of the force labels of each unseen peptide, where there are such."""
+    return {d.name: judge_forces(network, spec, d) for d in load_labels(options.unseen)} if options.unseen else {}
 
 
 def simulate_one(protocol: Protocol, options: argparse.Namespace, work: Work, peptide: str) -> None:
     unseen = peptide in [m.name for m in list_peptides(protocol, "test")]
     reference, bead_map = (
-        load_reference(options.data / REFERENCES, peptide) if unseen else load_trained(options.labels, peptide)
+        load_reference(options.data / REFERENCES, peptide) if unseen else load_labelled(options.labels, peptide)
     )
-    analysis = protocol.analysis
+    starts, analysis = reference.positions, protocol.analysis
+    if unseen and options.unseen:
+        frames, bead_map = load_labelled(options.unseen, peptide)
+        starts = frames.positions
     if not unseen:
         # Fewer frames were kept of these, three times as far apart.
         analysis = analysis.model_copy(update={"lag_frames": max(1, analysis.lag_frames // 3)})
@@ -300,14 +318,15 @@ def simulate_one(protocol: Protocol, options: argparse.Namespace, work: Work, pe
     try:
         result = simulate(
             folder / "potential.pt",
-            reference.positions,
+            starts,
             settings,
             run,
             temperature_K=protocol.temperature_K,
             topology=bead_map,
             progress=False,
         )
-        content = judge(reference, load_run(run, reference.topology), analysis, peptide)
+        frames = choose_beads(load_run(run, bead_map.to_topology()), reference.topology)
+        content = judge(reference, frames, analysis, peptide)
         content |= {"stable": True, "steps_per_second": result.steps_per_second}
     except UnstableSimulationError as error:
         content = {"stable": False, "message": str(error)}

@@ -1,6 +1,8 @@
-"""Sample and label the training peptides of many.yaml on CPUs, a core each: many peptides, few frames of each.
+"""Sample and label peptides of a study on CPUs, a core each: many.yaml's many peptides, or backbone.yaml's.
 
     python protocols/unseen_peptides/sample_many.py --scratch runs/many/labels --out runs/many/labels.zip
+    python protocols/unseen_peptides/sample_many.py --protocol protocols/unseen_peptides/backbone.yaml \\
+        --role test --frames 160 --scratch runs/backbone/unseen --out runs/backbone/unseen.zip
 
 Force labels are right at whatever beads they are taken, as long as the hidden atoms are in equilibrium, so nothing has
 to be sampled for long: half of a peptide's walkers start extended and half helical, are shaken at a high temperature,
@@ -33,7 +35,6 @@ from openmm_hvpcg.frames import Frames
 from openmm_hvpcg.training.dataset import load_dataset
 
 HERE = Path(__file__).resolve().parent
-WALKERS = 4
 TIMESTEP_PS = 0.004
 SHAKING_K, SHAKING_STEPS, COOLING_STEPS, STRIDE = 600.0, 5000, 2500, 250
 
@@ -41,6 +42,9 @@ SHAKING_K, SHAKING_STEPS, COOLING_STEPS, STRIDE = 600.0, 5000, 2500, 250
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--protocol", type=Path, default=HERE / "many.yaml")
+    parser.add_argument("--role", choices=("train", "test"), default="train")
+    parser.add_argument("--frames", type=int, help="of each peptide, if not labels.max_frames of the protocol")
+    parser.add_argument("--walkers", type=int, default=4, help="of each peptide, shaken one by one")
     parser.add_argument("--scratch", type=Path, required=True, help="labels of each peptide")
     parser.add_argument("--out", type=Path, required=True, help="archive of all labels, for run.py --labels")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
@@ -48,35 +52,35 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     protocol = load_protocol(options.protocol)
     options.scratch.mkdir(parents=True, exist_ok=True)
-    molecules = list_peptides(protocol, "train")
+    molecules = list_peptides(protocol, options.role)
+    each = (options.frames or count_frames(protocol)) // options.walkers
     # Longest first, so that no core is left with one at the end.
     todo = sorted(range(len(molecules)), key=lambda k: -len(molecules[k].name))
     todo = [k for k in todo if not (options.scratch / f"{molecules[k].name}.zarr").exists()]
     logging.info("%d of %d peptides are done already", len(molecules) - len(todo), len(molecules))
-    tasks = (joblib.delayed(make_one)(protocol, molecules[k], k, options.scratch) for k in todo)
+    tasks = (joblib.delayed(make_one)(protocol, molecules[k], k, options.walkers, each, options.scratch) for k in todo)
     for n, line in enumerate(joblib.Parallel(n_jobs=options.jobs, return_as="generator_unordered")(tasks), start=1):
         logging.info("%s (%d of %d)", line, n, len(todo))
     facts = {
         "command": "python protocols/unseen_peptides/sample_many.py --scratch SCRATCH --out OUT",
         "interval_ps": STRIDE * TIMESTEP_PS,
-        "sampling": {"frames_a_copy": count_frames(protocol) // WALKERS, "walkers": WALKERS},
+        "sampling": {"frames_a_copy": each, "walkers": options.walkers},
     }
     save_labels(options.out, [load_dataset(options.scratch / f"{m.name}.zarr") for m in molecules], facts)
     logging.info("%s: %d peptides, %.1f MB", options.out, len(molecules), options.out.stat().st_size / 1e6)
 
 
-def make_one(protocol: Protocol, molecule: MoleculeSettings, seed: int, scratch: Path) -> str:
-    """Sample and label one peptide."""
+def make_one(protocol: Protocol, molecule: MoleculeSettings, seed: int, walkers: int, each: int, scratch: Path) -> str:
+    """Sample and label one peptide: so many frames of each walker."""
     torch.set_num_threads(1)
     began = time.perf_counter()
     systems = {start: build_system(protocol, molecule, start) for start in STARTS}
     system = systems[STARTS[0]]
-    each = count_frames(protocol) // WALKERS
     integrator = openmm.LangevinMiddleIntegrator(protocol.temperature_K, 1.0, TIMESTEP_PS)
     integrator.setRandomNumberSeed(seed + 1)
     context = openmm.Context(system.system, integrator, openmm.Platform.getPlatformByName("Reference"))
     positions: list[NDArray[np.float64]] = []
-    for walker in range(WALKERS):
+    for walker in range(walkers):
         context.setPositions(systems[STARTS[walker % 2]].positions)
         openmm.LocalEnergyMinimizer.minimize(context, 10.0, 100)
         context.setVelocitiesToTemperature(SHAKING_K, 1000 * (seed + 1) + walker)
@@ -92,7 +96,7 @@ def make_one(protocol: Protocol, molecule: MoleculeSettings, seed: int, scratch:
         np.stack(positions).astype(np.float32),
         system.topology,
         system.temperature_K,
-        np.repeat(np.arange(WALKERS), each),
+        np.repeat(np.arange(walkers), each),
         interval_ps=STRIDE * TIMESTEP_PS,
         provenance={"system_hash": system.system_hash, "sampling": "sample_many.py", "seed": seed + 1},
     )

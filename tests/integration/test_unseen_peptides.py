@@ -239,6 +239,57 @@ def test_many_peptides_are_sampled_on_cores(
     assert run["peptides"]["AGA"]["tica1"]["kl"] >= 0
 
 
+def test_backbone_models_are_judged_by_the_beads_of_the_references(
+    study: Path, call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = importlib.import_module("sample_many")
+    for name, steps in {"SHAKING_STEPS": 20, "COOLING_STEPS": 10, "STRIDE": 5}.items():
+        monkeypatch.setattr(many, name, steps)
+    protocol = tmp_path / "backbone.yaml"
+    beads = yaml.safe_load((FOLDER / "backbone.yaml").read_text())["mapping"]
+    protocol.write_text(yaml.safe_dump({**PROTOCOL, "mapping": beads}))
+    for role, archive in (("train", "labels"), ("test", "unseen")):
+        words = ("--role", role, "--frames", 24, "--walkers", 2, "--jobs", 1)
+        files = ("--scratch", tmp_path / role, "--out", tmp_path / f"{archive}.zip")
+        call("sample_many", "--protocol", protocol, *words, *files)
+    peptides = importlib.import_module("peptides")
+    (unseen,) = peptides.load_labels(tmp_path / "unseen.zip")
+    # Three residues of N, CA and C; CH3 and C before them, N and CH3 behind.
+    assert (unseen.name, unseen.n_frames, unseen.bead_map.n_beads) == ("AGA", 24, 13)
+    assert len(unseen.bead_map.bonds) == 12
+    common = ("--protocol", protocol, "--data", study / "data", "--jobs", 1)
+    archives = ("--labels", tmp_path / "labels.zip", "--unseen", tmp_path / "unseen.zip")
+    call("run", *common, "study", "--out", tmp_path / "out", *archives, "--arms", "fm", "--sizes", 24, "--seeds", 1, 2)
+    call("run", *common, "means", tmp_path / "out", "--out", tmp_path / "means", *archives)
+    for folder, seeds in (("out", (1, 2)), ("means", (0,))):
+        runs = json.loads((tmp_path / folder / "results.json").read_text())["runs"]
+        assert [r["seed"] for r in runs] == list(seeds)
+        for run in runs:
+            # The distribution of the CA and the caps alone, as of any other model.
+            assert run["peptides"]["AGA"]["radius_of_gyration"]["reference_mean_nm"] == pytest.approx(0.4, abs=0.1)
+            squares = {name: np.mean(s) for name, s in run["fit"]["unseen_forces"]["AGA"].items()}
+            # An epoch on 54 frames: not much is learnt, and little is spoilt.
+            assert squares["model"] == pytest.approx(squares["priors"], rel=0.1)
+            assert squares["priors"] < np.square(unseen.forces).mean()
+    call("report", tmp_path / "out", "--out", tmp_path / "report")
+    table = (tmp_path / "report" / "table.md").read_text()
+    lines = table.split("## Forces of unseen peptides")[1].splitlines()
+    row = next(line for line in lines if line.startswith("| AGA |"))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    fits = [run["fit"]["unseen_forces"]["AGA"] for run in found]
+    gain = np.mean([np.mean(f["priors"]) - np.mean(f["model"]) for f in fits])
+    assert float(row.split("|")[2].split("±")[0]) == pytest.approx(gain, abs=0.51)
+    frames, _ = peptides.load_labelled(tmp_path / "unseen.zip", "AGA")
+    reference, _ = peptides.load_reference(study / "data" / "references.zip", "AGA")
+    chosen = importlib.import_module("judging").choose_beads(frames, reference.topology)
+    np.testing.assert_array_equal(chosen.positions, frames.positions[:, [0, 3, 6, 9, 12]])
+
+
+def test_backbone_study_has_the_peptides_of_the_first() -> None:
+    first, backbone = (yaml.safe_load((FOLDER / name).read_text()) for name in ("protocol.yaml", "backbone.yaml"))
+    assert backbone["molecules"] == first["molecules"]
+
+
 def test_many_peptides_hold_nothing_of_the_unseen(
     call: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
