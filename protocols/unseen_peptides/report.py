@@ -395,7 +395,7 @@ def to_profile(curve: dict[str, Any], name: str, kt: float) -> tuple[Any, Any]:
 
 
 def plot_efficiency(results: Results, path: Path) -> None:
-    """Median over peptides against frames, one point a seed; of arms that there are several numbers of frames of."""
+    """Median over peptides against frames, one point a seed; no file where no arm has several numbers of them."""
     figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
     axis.set_xscale("log", base=2)
     for arm in results.arms:
@@ -413,13 +413,15 @@ def plot_efficiency(results: Results, path: Path) -> None:
                 sizes, [median[n == s].mean() for s in sizes], "-", color=COLOURS[arm], label=f"{NAMES[arm]}, median"
             )
             axis.plot(sizes, [mean[n == s].mean() for s in sizes], ":", color=COLOURS[arm], label=f"{NAMES[arm]}, mean")
+    if not axis.lines:
+        plt.close(figure)
+        return
     axis.set_yscale("log")
     axis.set_xticks(results.sizes, [str(s) for s in results.sizes])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("frames of each training peptide")
     axis.set_ylabel("KL(AA || CG), slowest mode, nine peptides")
-    if axis.lines:
-        figure.legend(loc="outside right upper")
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
