@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ import pytest
 import torch
 import yaml
 from cli_process import REPOSITORY
+
+from openmm_hvpcg.training.derivatives import compute_forces
+from openmm_hvpcg.training.fit import load_fit
+from openmm_hvpcg.training.models.total import TotalEnergy
 
 FOLDER = REPOSITORY / "protocols" / "unseen_peptides"
 PROTOCOL: dict[str, Any] = {
@@ -47,7 +52,10 @@ SAMPLING = {
 @pytest.fixture(scope="module")
 def call() -> Any:
     """Calls a script of the protocol as its command line would."""
-    names = ("run", "report", "sample_crowd", "sample_many", "draw_many", "peptides", "judging", "convergence")
+    names = (
+        *("run", "report", "sample_crowd", "sample_many", "draw_many", "peptides", "judging", "convergence"),
+        "dihedral_bias",
+    )
     taken = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, str(FOLDER))
 
@@ -279,10 +287,28 @@ def test_backbone_models_are_judged_by_the_beads_of_the_references(
     fits = [run["fit"]["unseen_forces"]["AGA"] for run in found]
     gain = np.mean([np.mean(f["priors"]) - np.mean(f["model"]) for f in fits])
     assert float(row.split("|")[2].split("±")[0]) == pytest.approx(gain, abs=0.51)
+    fit = tmp_path / "out" / "models" / "fm-24-1" / "fit"
+    call("dihedral_bias", tmp_path / "unseen.zip", fit, "--out", tmp_path / "bias.json")
+    assert set(json.loads((tmp_path / "bias.json").read_text())["coefficients"]["fm-24-1"]) == {
+        *("cos phi", "sin phi", "cos psi", "sin psi")
+    }
+    # Labels that are the model's forces and those of 3 kJ/mol cos psi: this is found, without an error.
+    bias = importlib.import_module("dihedral_bias")
+    found = bias.find_biases(load_fit(fit), [add_cos_psi(unseen, load_fit(fit), 3.0)])
+    assert found["cos psi"] == (pytest.approx(3.0, rel=1e-3), pytest.approx(0.0, abs=1e-3))
     frames, _ = peptides.load_labelled(tmp_path / "unseen.zip", "AGA")
     reference, _ = peptides.load_reference(study / "data" / "references.zip", "AGA")
     chosen = importlib.import_module("judging").choose_beads(frames, reference.topology)
     np.testing.assert_array_equal(chosen.positions, frames.positions[:, [0, 3, 6, 9, 12]])
+
+
+def add_cos_psi(data: Any, fit: Any, coefficient: float) -> Any:
+    """Labels (kJ/mol/nm) that are the forces of a model and of ``coefficient`` times cos psi of every residue."""
+    functions = dict(importlib.import_module("dihedral_bias").list_functions(data.bead_map))
+    total = TotalEnergy(fit.network, replace(fit.spec, bead_map=data.bead_map)).eval()
+    x = torch.from_numpy(data.positions).double()
+    forces = compute_forces(lambda p: total.frame_energies(p) + coefficient * functions["cos psi"](p), x)
+    return replace(data, forces=forces.numpy().astype(np.float32))
 
 
 def test_backbone_study_has_the_peptides_of_the_first() -> None:
