@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openmm_hvpcg.errors import MappingError
-from openmm_hvpcg.prior_terms import ANY, ATOM_SEPARATOR, KEY_SEPARATOR
+from openmm_hvpcg.prior_terms import ANY, ATOM_SEPARATOR, CAPS, KEY_SEPARATOR
 from openmm_hvpcg.storage import PathLike, atomic_path, compute_hash, write_json
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ PRESETS = {
 }
 #: Presets with one bead a residue: its name is their species.
 ONE_A_RESIDUE = ("ca", "ca+caps")
+#: Atoms that are much the same in all residues (proline's N is not), and what stands for the residue of their species.
+BACKBONE_ATOMS, BACKBONE = ("N", "C", "O"), "BB"
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,7 @@ def check_species(maps: Mapping[str, BeadMap], trained: Collection[str]) -> None
             )
 
 
-def build_bead_map(beads: str, topology: md.Topology, *, ends: bool = False) -> BeadMap:
+def build_bead_map(beads: str, topology: md.Topology, *, ends: bool = False, share_backbone: bool = False) -> BeadMap:
     """Slice map from a preset of ``PRESETS`` or an mdtraj selection: one bead an atom.
 
     Beads are bonded where the atoms between them, if any, are not beads; those of ``ca+cb`` as if proline's ring were
@@ -319,6 +321,8 @@ def build_bead_map(beads: str, topology: md.Topology, *, ends: bool = False) -> 
     topology : of all atoms
     ends : beads in the first and last residue of a chain get species of their own (``N-ALA``, ``C-ALA``): an energy of
         distances and angles cannot tell the two ends of a chain apart by anything else
+    share_backbone : N, C and O are of the same species in all residues (``BB:N``), but those of caps and proline's N:
+        what is learnt of them then serves residues and neighbours that training has not seen together
 
     Raises
     ------
@@ -347,7 +351,7 @@ def build_bead_map(beads: str, topology: md.Topology, *, ends: bool = False) -> 
     residues = [identify_residue(a) for a in sites]
     marks = find_end_marks(residues) if ends else [""] * len(sites)
     species = [
-        m + (a.residue.name if beads in ONE_A_RESIDUE else f"{a.residue.name}{ATOM_SEPARATOR}{a.name}")
+        m + (a.residue.name if beads in ONE_A_RESIDUE else _name_species(a, share_backbone))
         for m, a in zip(marks, sites, strict=True)
     ]
     bonds = [(a.index, b.index) for a, b in topology.bonds if not (beads == "ca+cb" and _closes_proline(a, b))]
@@ -359,6 +363,13 @@ def build_bead_map(beads: str, topology: md.Topology, *, ends: bool = False) -> 
         tuple(a.name for a in sites),
         tuple(residues),
     )
+
+
+def _name_species(atom: Any, share_backbone: bool) -> str:
+    """``ALA:CA``, or ``BB:N`` where backbone atoms are shared."""
+    residue = atom.residue.name
+    alike = atom.name in BACKBONE_ATOMS and residue not in CAPS and (residue, atom.name) != ("PRO", "N")
+    return f"{BACKBONE if share_backbone and alike else residue}{ATOM_SEPARATOR}{atom.name}"
 
 
 def _closes_proline(a: Any, b: Any) -> bool:

@@ -22,6 +22,12 @@ class MappingSettings(Settings):
         False, description="beads of a chain's first and last residue are species of their own, so that its ends differ"
     )
 
+    share_backbone: bool = Field(
+        False,
+        description="N, C and O are of one species each in all residues, but proline's N: fewer species, which transfer"
+        " better",
+    )
+
     @field_validator("beads")
     @classmethod
     def _json_only(cls, value: str | dict[str, str]) -> str | dict[str, str]:
@@ -30,9 +36,10 @@ class MappingSettings(Settings):
         return value
 
     @model_validator(mode="after")
-    def _ends_are_not_in_a_file(self) -> MappingSettings:
-        if self.ends and isinstance(self.beads, dict):
-            raise ValueError("ends: a JSON map names the species of its beads itself")
+    def _species_are_not_in_a_file(self) -> MappingSettings:
+        for key in ("ends", "share_backbone"):
+            if getattr(self, key) and isinstance(self.beads, dict):
+                raise ValueError(f"{key}: a JSON map names the species of its beads itself")
         return self
 
 

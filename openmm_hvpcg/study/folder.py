@@ -50,6 +50,7 @@ WITHOUT_EFFECT = {"platform", "workers", "walkers_in", "accelerator"}
 BEFORE = {
     "sampling.flexible_beads": False,
     "mapping.ends": False,
+    "mapping.share_backbone": False,
     "simulation.exchange": None,
     **{f"labels.{key}": value for key, value in LABELS_BEFORE.items()},
     **{f"reference.{key}": value for key, value in REFERENCE_BEFORE.items()},

@@ -397,11 +397,12 @@ def _load_labels(study: Study, molecule: str, stream: bool = False) -> LabelledF
 
 
 def _make_map(study: Study, molecule: str, topology: md.Topology) -> BeadMap:
-    beads = study.protocol.mapping.beads
+    mapping = study.protocol.mapping
+    beads = mapping.beads
     try:
         if isinstance(beads, dict):
             return BeadMap.load(study.base / beads["json"], topology.n_atoms)
-        return build_bead_map(beads, topology, ends=study.protocol.mapping.ends)
+        return build_bead_map(beads, topology, ends=mapping.ends, share_backbone=mapping.share_backbone)
     except HVPCGError as error:
         raise type(error)(str(error), where=f"molecule {molecule}") from error
 

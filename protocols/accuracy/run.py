@@ -101,7 +101,8 @@ def prepare_data(protocol: Protocol, out: Path) -> tuple[AtomisticSystem, BeadMa
     )
     if not isinstance(protocol.mapping.beads, str):
         raise SystemExit("this study takes a selection, not a JSON map")
-    bead_map = build_bead_map(protocol.mapping.beads, system.topology, ends=protocol.mapping.ends)
+    mapping = protocol.mapping
+    bead_map = build_bead_map(mapping.beads, system.topology, ends=mapping.ends, share_backbone=mapping.share_backbone)
     (out / "frames").mkdir(parents=True, exist_ok=True)
     (out / "labels").mkdir(exist_ok=True)
     for name, seed in (("train", sampling.seed), ("test", TEST_SEED)):

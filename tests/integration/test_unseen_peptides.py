@@ -255,7 +255,7 @@ def test_backbone_models_are_judged_by_the_beads_of_the_references(
         monkeypatch.setattr(many, name, steps)
     protocol = tmp_path / "backbone.yaml"
     beads = yaml.safe_load((FOLDER / "backbone.yaml").read_text())["mapping"]
-    protocol.write_text(yaml.safe_dump({**PROTOCOL, "mapping": beads}))
+    protocol.write_text(yaml.safe_dump({**PROTOCOL, "mapping": {**beads, "share_backbone": True}}))
     for role, archive in (("train", "labels"), ("test", "unseen")):
         words = ("--role", role, "--frames", 24, "--walkers", 2, "--jobs", 1)
         files = ("--scratch", tmp_path / role, "--out", tmp_path / f"{archive}.zip")
@@ -265,6 +265,7 @@ def test_backbone_models_are_judged_by_the_beads_of_the_references(
     # Three residues of N, CA and C; CH3 and C before them, N and CH3 behind.
     assert (unseen.name, unseen.n_frames, unseen.bead_map.n_beads) == ("AGA", 24, 13)
     assert len(unseen.bead_map.bonds) == 12
+    assert set(unseen.bead_map.species) == {*("ACE:CH3", "ACE:C", "BB:N", "ALA:CA", "GLY:CA", "BB:C", "NME:N", "NME:C")}
     common = ("--protocol", protocol, "--data", study / "data", "--jobs", 1)
     archives = ("--labels", tmp_path / "labels.zip", "--unseen", tmp_path / "unseen.zip")
     call("run", *common, "study", "--out", tmp_path / "out", *archives, "--arms", "fm", "--sizes", 24, "--seeds", 1, 2)

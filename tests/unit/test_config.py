@@ -95,7 +95,7 @@ DEFAULTS: dict[str, Any] = {
         "precision": "auto",
         "seed": 1,
     },
-    "mapping": {"beads": "ca", "ends": False},
+    "mapping": {"beads": "ca", "ends": False, "share_backbone": False},
     "labels": {
         "force_map": "optimal_cv",
         "probes_per_frame": 4,
@@ -352,6 +352,11 @@ class TestWrongValues:
             ("mapping.beads", {"json": "a", "x": "b"}, "mapping.beads: expected a preset"),
             ("mapping.beads", 3, "mapping.beads: "),
             ("mapping", {"beads": {"json": "a"}, "ends": True}, "mapping: ends: a JSON map names the species"),
+            (
+                "mapping",
+                {"beads": {"json": "a"}, "share_backbone": True},
+                "mapping: share_backbone: a JSON map names the species",
+            ),
             ("reference", {"ladder_K": [500, 400]}, r"reference.ladder_K: expected temperatures upwards, got \[500"),
             ("reference", {"ladder_K": [-1]}, "reference.ladder_K: expected temperatures upwards"),
             ("labels.force_map", "best", "labels.force_map: "),

@@ -175,6 +175,22 @@ class TestPresets:
         assert np.array_equal(found.site_weights, plain.site_weights)
         assert found.hash != plain.hash
 
+    def test_backbone_atoms_are_shared_but_for_caps_and_prolines_nitrogen(self) -> None:
+        topology = build_topology("AP")
+        found = build_bead_map("backbone", topology, share_backbone=True)
+        plain = build_bead_map("backbone", topology)
+        own = ("ACE:", "NME:", "PRO:N")
+        assert "PRO:N" in found.species
+        assert any(s.startswith("ACE:") for s in found.species)
+        for new, old in zip(found.species, plain.species, strict=True):
+            shared = old.split(":")[1] in ("N", "C", "O") and not old.startswith(own)
+            assert new == (f"BB:{old.split(':')[1]}" if shared else old)
+        assert [s for s in found.species if s.startswith("BB:")].count("BB:C") == 2
+        chain = md.Topology.from_openmm(build_peptide("GA", caps=False)[0])
+        marked = build_bead_map("name N or name C", chain, ends=True, share_backbone=True)
+        assert marked.species == ("N-BB:N", "N-BB:C", "C-BB:N", "C-BB:C")
+        assert np.array_equal(found.site_weights, plain.site_weights)
+
     def test_ends_of_every_chain(self) -> None:
         chains = build_topology("AGA").join(build_topology("GA"))
         assert build_bead_map("ca", chains, ends=True).species == ("N-ALA", "GLY", "C-ALA", "N-GLY", "C-ALA")
