@@ -37,10 +37,15 @@ class MappingSettings(Settings):
 
     @model_validator(mode="after")
     def _species_are_not_in_a_file(self) -> MappingSettings:
-        for key in ("ends", "share_backbone"):
-            if getattr(self, key) and isinstance(self.beads, dict):
+        for key, is_on in self.naming.items():
+            if is_on and isinstance(self.beads, dict):
                 raise ValueError(f"{key}: a JSON map names the species of its beads itself")
         return self
+
+    @property
+    def naming(self) -> dict[str, bool]:
+        """How species are named: keyword arguments of :func:`~openmm_hvpcg.mapping.build_bead_map`."""
+        return {"ends": self.ends, "share_backbone": self.share_backbone}
 
 
 class AveragingSettings(Settings):

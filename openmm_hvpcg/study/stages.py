@@ -397,12 +397,11 @@ def _load_labels(study: Study, molecule: str, stream: bool = False) -> LabelledF
 
 
 def _make_map(study: Study, molecule: str, topology: md.Topology) -> BeadMap:
-    mapping = study.protocol.mapping
-    beads = mapping.beads
+    beads = study.protocol.mapping.beads
     try:
         if isinstance(beads, dict):
             return BeadMap.load(study.base / beads["json"], topology.n_atoms)
-        return build_bead_map(beads, topology, ends=mapping.ends, share_backbone=mapping.share_backbone)
+        return build_bead_map(beads, topology, **study.protocol.mapping.naming)
     except HVPCGError as error:
         raise type(error)(str(error), where=f"molecule {molecule}") from error
 

@@ -101,8 +101,7 @@ def prepare_data(protocol: Protocol, out: Path) -> tuple[AtomisticSystem, BeadMa
     )
     if not isinstance(protocol.mapping.beads, str):
         raise SystemExit("this study takes a selection, not a JSON map")
-    mapping = protocol.mapping
-    bead_map = build_bead_map(mapping.beads, system.topology, ends=mapping.ends, share_backbone=mapping.share_backbone)
+    bead_map = build_bead_map(protocol.mapping.beads, system.topology, **protocol.mapping.naming)
     (out / "frames").mkdir(parents=True, exist_ok=True)
     (out / "labels").mkdir(exist_ok=True)
     for name, seed in (("train", sampling.seed), ("test", TEST_SEED)):

@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from judging import bind_model
 from numpy.typing import NDArray
 from peptides import load_labels
 from torch import Tensor
@@ -28,10 +28,10 @@ from openmm_hvpcg.training.dataset import LabelledFrames
 from openmm_hvpcg.training.derivatives import compute_forces
 from openmm_hvpcg.training.fit import FitResult, load_fit
 from openmm_hvpcg.training.models.priors import dihedral_angle
-from openmm_hvpcg.training.models.total import TotalEnergy
+from openmm_hvpcg.training.models.torsions import Bonded
 
-#: Dihedrals by the beads of their central bond.
-KINDS = {"phi": ("N", "CA"), "psi": ("CA", "C")}
+#: The beads of each dihedral, which may be listed from either end.
+KINDS = {"phi": ("C", "N", "CA", "C"), "psi": ("N", "CA", "C", "N")}
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def find_biases(fit: FitResult, datasets: list[LabelledFrames]) -> dict[str, tup
     torch.set_num_threads(1)
     products: dict[str, list[NDArray[np.float64]]] = {}
     for data in datasets:
-        total = TotalEnergy(fit.network, replace(fit.spec, bead_map=data.bead_map)).eval()
+        total = bind_model(fit.network, fit.spec, data.bead_map)
         positions = torch.from_numpy(data.positions).double()
         residuals = data.forces - compute_forces(total.frame_energies, positions).numpy()
         for name, function in list_functions(data.bead_map):
@@ -70,12 +70,12 @@ def find_biases(fit: FitResult, datasets: list[LabelledFrames]) -> dict[str, tup
 
 def list_functions(bead_map: BeadMap) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     """Sums over the dihedrals of each kind, (F,) of positions (F, B, 3)."""
-    chains = np.arange(bead_map.n_beads - 3)[:, None] + np.arange(4)
-    for kind, bond in KINDS.items():
-        chosen = [row for row in chains if (bead_map.names[row[1]], bead_map.names[row[2]]) == bond]
-        if not chosen:
+    torsions = Bonded.find(bead_map).torsions
+    names = [tuple(bead_map.names[bead] for bead in row) for row in torsions.tolist()]
+    for kind, beads in KINDS.items():
+        index = torsions[[name in (beads, beads[::-1]) for name in names]]
+        if len(index) == 0:
             raise SystemExit(f"dihedral_bias.py is for backbone beads, and there is no {kind} among {bead_map.names}")
-        index = torch.from_numpy(np.stack(chosen))
         for name, wave in (("cos", torch.cos), ("sin", torch.sin)):
             yield f"{name} {kind}", bind(wave, index)
 

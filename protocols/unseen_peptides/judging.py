@@ -15,6 +15,7 @@ from openmm_hvpcg.analysis.distributions import Landscape, Sample, compare_obser
 from openmm_hvpcg.analysis.divergences import split_blocks
 from openmm_hvpcg.config import AnalysisSettings
 from openmm_hvpcg.frames import Frames
+from openmm_hvpcg.mapping import BeadMap
 from openmm_hvpcg.potential import PotentialSpec
 from openmm_hvpcg.training.dataset import LabelledFrames
 from openmm_hvpcg.training.derivatives import compute_forces
@@ -33,12 +34,17 @@ def choose_beads(run: Frames, topology: md.Topology) -> Frames:
     return Frames(run.positions[:, beads], topology, run.temperature_K, run.walker, run.interval_ps)
 
 
+def bind_model(network: torch.nn.Module, spec: PotentialSpec, bead_map: BeadMap) -> TotalEnergy:
+    """Priors and network as the energy of a molecule."""
+    return TotalEnergy(network, replace(spec, bead_map=bead_map)).eval()
+
+
 def judge_forces(network: torch.nn.Module, spec: PotentialSpec, labels: LabelledFrames) -> dict[str, list[float]]:
     """Mean squares per component, (kJ/mol/nm)^2, of what the model and its priors alone leave of the force labels.
 
     One for each walker. All hold the noise of the labels, which differences of two models do not.
     """
-    total = TotalEnergy(network, replace(spec, bead_map=labels.bead_map)).eval()
+    total = bind_model(network, spec, labels.bead_map)
     positions = torch.from_numpy(labels.positions).double()
     found = {"model": total.frame_energies, "priors": total.prior_energies}
     squares = {name: np.square(labels.forces - compute_forces(f, positions).numpy()) for name, f in found.items()}

@@ -47,10 +47,9 @@ def build_system(protocol: Protocol, molecule: MoleculeSettings, start: str = "e
 
 
 def build_map(protocol: Protocol, topology: md.Topology) -> BeadMap:
-    mapping = protocol.mapping
-    if not isinstance(mapping.beads, str):
+    if not isinstance(protocol.mapping.beads, str):
         raise SystemExit("this study takes a selection, not a JSON map")
-    return build_bead_map(mapping.beads, topology, ends=mapping.ends, share_backbone=mapping.share_backbone)
+    return build_bead_map(protocol.mapping.beads, topology, **protocol.mapping.naming)
 
 
 def label_peptide(protocol: Protocol, system: AtomisticSystem, frames: Frames, path: Path) -> LabelledFrames:

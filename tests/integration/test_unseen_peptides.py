@@ -18,7 +18,6 @@ from cli_process import REPOSITORY
 
 from openmm_hvpcg.training.derivatives import compute_forces
 from openmm_hvpcg.training.fit import load_fit
-from openmm_hvpcg.training.models.total import TotalEnergy
 
 FOLDER = REPOSITORY / "protocols" / "unseen_peptides"
 PROTOCOL: dict[str, Any] = {
@@ -226,12 +225,16 @@ def test_convergence_is_judged(
     assert share == pytest.approx(2 / 3, abs=0.12)
 
 
-def test_many_peptides_are_sampled_on_cores(
-    study: Path, call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def short_sampling(call: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """sample_many.py takes few steps."""
     many = importlib.import_module("sample_many")
     for name, steps in {"SHAKING_STEPS": 20, "COOLING_STEPS": 10, "STRIDE": 5}.items():
         monkeypatch.setattr(many, name, steps)
+
+
+@pytest.mark.usefixtures("short_sampling")
+def test_many_peptides_are_sampled_on_cores(study: Path, call: Callable[..., None], tmp_path: Path) -> None:
     words = ("--protocol", study / "protocol.yaml", "--scratch", tmp_path, "--out", tmp_path / "labels.zip")
     call("sample_many", *words, "--jobs", 1)
     data = importlib.import_module("peptides").load_labels(tmp_path / "labels.zip")
@@ -247,12 +250,10 @@ def test_many_peptides_are_sampled_on_cores(
     assert run["peptides"]["AGA"]["tica1"]["kl"] >= 0
 
 
+@pytest.mark.usefixtures("short_sampling")
 def test_backbone_models_are_judged_by_the_beads_of_the_references(
-    study: Path, call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study: Path, call: Callable[..., None], tmp_path: Path
 ) -> None:
-    many = importlib.import_module("sample_many")
-    for name, steps in {"SHAKING_STEPS": 20, "COOLING_STEPS": 10, "STRIDE": 5}.items():
-        monkeypatch.setattr(many, name, steps)
     protocol = tmp_path / "backbone.yaml"
     beads = yaml.safe_load((FOLDER / "backbone.yaml").read_text())["mapping"]
     protocol.write_text(yaml.safe_dump({**PROTOCOL, "mapping": {**beads, "share_backbone": True}}))
@@ -306,7 +307,7 @@ def test_backbone_models_are_judged_by_the_beads_of_the_references(
 def add_cos_psi(data: Any, fit: Any, coefficient: float) -> Any:
     """Labels (kJ/mol/nm) that are the forces of a model and of ``coefficient`` times cos psi of every residue."""
     functions = dict(importlib.import_module("dihedral_bias").list_functions(data.bead_map))
-    total = TotalEnergy(fit.network, replace(fit.spec, bead_map=data.bead_map)).eval()
+    total = importlib.import_module("judging").bind_model(fit.network, fit.spec, data.bead_map)
     x = torch.from_numpy(data.positions).double()
     forces = compute_forces(lambda p: total.frame_energies(p) + coefficient * functions["cos psi"](p), x)
     return replace(data, forces=forces.numpy().astype(np.float32))
