@@ -7,12 +7,14 @@ import functools
 import logging
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from openmm_hvpcg.atomistic.checkpoints import read_checkpoint
 from openmm_hvpcg.atomistic.crowd_sampling import CHECKPOINT_NAME, CrowdRun, use_one_system
+from openmm_hvpcg.atomistic.flattening import DihedralBias
 from openmm_hvpcg.atomistic.molecule import AtomisticSystem
 from openmm_hvpcg.atomistic.parts import find_parts, gather_parts, open_part
 from openmm_hvpcg.atomistic.platforms import PlatformChoice, choose_platform
@@ -27,6 +29,8 @@ from openmm_hvpcg.units import PS_PER_FS
 
 logger = logging.getLogger(__name__)
 
+#: Settings that frames are not told apart by.
+UNRECORDED = {"platform", "precision", "flexible_beads", "walkers_in", "flatten", "flatten_frames"}
 #: How long a walker goes on before its frames and its state are put on disk, s.
 CHECKPOINT_SECONDS = 5.0
 
@@ -36,6 +40,7 @@ def sample_frames(
     settings: SamplingSettings,
     path: PathLike,
     *,
+    bias: DihedralBias | None = None,
     progress: bool = True,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> FramesStore:
@@ -51,7 +56,8 @@ def sample_frames(
     ----------
     system : the molecule; frames are drawn at ``system.temperature_K``
     settings : ``n_frames`` over all walkers, the first of which take the remainder
-    path : frames store, new or begun with the same system and settings
+    path : frames store, new or begun with the same system, settings and bias
+    bias : added to the System here, and recorded; the frames count as those of the System without it
     progress : show a progress bar with ns/day and time left on standard error
 
     Returns
@@ -70,7 +76,8 @@ def sample_frames(
         The platform is not here or failed.
     """
     path = Path(path)
-    store = _open_or_create(system, settings, path)
+    store = _open_or_create(system, settings, path, bias)
+    system = _add_bias(system, bias)
     gather_parts(store)
     checkpoints = path.with_suffix(".checkpoints")
     left = [w for w in range(settings.walkers) if store.count_done(w) < store.counts[w]]
@@ -94,6 +101,7 @@ def sample_walker(
     path: PathLike,
     walker: int | None,
     *,
+    bias: DihedralBias | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
 ) -> list[int]:
     """Make the frames of one walker only; :func:`sample_frames` puts them together, and is quick once all are made.
@@ -103,7 +111,7 @@ def sample_walker(
 
     Parameters
     ----------
-    system, settings, path, checkpoint_seconds : those of :func:`sample_frames`, the same in all calls
+    system, settings, path, bias, checkpoint_seconds : those of :func:`sample_frames`, the same in all calls
     walker : its index; None only begins the store
 
     Returns
@@ -116,7 +124,8 @@ def sample_walker(
         As :func:`sample_frames`.
     """
     path = Path(path)
-    store = _open_or_create(system, settings, path)
+    store = _open_or_create(system, settings, path, bias)
+    system = _add_bias(system, bias)
     unfinished = [w for w in range(settings.walkers) if store.count_done(w) < store.counts[w]]
     if walker is not None and walker in unfinished:
         part = open_part(store, walker)
@@ -134,11 +143,19 @@ def spread_frames(n_frames: int, walkers: int) -> list[int]:
     return [n_frames // walkers + (w < n_frames % walkers) for w in range(walkers)]
 
 
-def _open_or_create(system: AtomisticSystem, settings: SamplingSettings, path: Path) -> FramesStore:
+def _add_bias(system: AtomisticSystem, bias: DihedralBias | None) -> AtomisticSystem:
+    return system if bias is None else replace(system, system=bias.add_to(system.system, system.temperature_K))
+
+
+def _open_or_create(
+    system: AtomisticSystem, settings: SamplingSettings, path: Path, bias: DihedralBias | None
+) -> FramesStore:
     # Platform and precision may change between runs: they change speed and rounding, not the ensemble. Flexible beads
-    # change the System, and its hash tells.
-    recorded = settings.model_dump(mode="json", exclude={"platform", "precision", "flexible_beads", "walkers_in"})
+    # change the System, and its hash tells; the bias is recorded as it is.
+    recorded = settings.model_dump(mode="json", exclude=UNRECORDED)
     provenance = {"system": system.provenance, "system_hash": system.system_hash, "sampling": recorded}
+    if bias is not None:
+        provenance["bias"] = bias.describe()
     if not path.exists():
         # Checkpoints without their frames belong to a store that was moved away.
         shutil.rmtree(path.with_suffix(".checkpoints"), ignore_errors=True)
@@ -165,6 +182,8 @@ def _open_or_create(system: AtomisticSystem, settings: SamplingSettings, path: P
         differences.append("the System was another")
     if store.attributes["temperature_K"] != system.temperature_K:
         differences.append(f"temperature_K was {store.attributes['temperature_K']}, now {system.temperature_K}")
+    if found.get("bias") != provenance.get("bias"):
+        differences.append("the bias (sampling.flatten) was another")
     if differences:
         raise StudyError(
             f"holds frames of another run: {'; '.join(differences)}",

@@ -5,7 +5,13 @@ wrong is a :class:`~openmm_hvpcg.errors.ConfigError` of one line that names the 
 closest known one.
 """
 
-from openmm_hvpcg.config.atomistic import INPUT_BEFORE, InputSettings, MoleculeSettings, SamplingSettings
+from openmm_hvpcg.config.atomistic import (
+    INPUT_BEFORE,
+    SAMPLING_BEFORE,
+    InputSettings,
+    MoleculeSettings,
+    SamplingSettings,
+)
 from openmm_hvpcg.config.base import Settings
 from openmm_hvpcg.config.labels import (
     LABELS_BEFORE,
@@ -35,6 +41,7 @@ __all__ = [
     "MODEL_BEFORE",
     "PRIORS_BEFORE",
     "REFERENCE_BEFORE",
+    "SAMPLING_BEFORE",
     "TRAINING_BEFORE",
     "TRAINING_FREE",
     "AnalysisSettings",

@@ -135,6 +135,24 @@ class SamplingSettings(Settings):
         False,
         description="bonds of atoms that carry beads stay flexible: needed by reference and conditional averaging",
     )
+    flatten: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="molecules to train on only (role train): share of the potential of mean force of each dihedral of"
+        " beads that a bias takes away, so that frames lie on barriers, too; labels are made without it",
+    )
+    flatten_frames: int = Field(
+        400, ge=20, description="flatten: frames without the bias, sampled first, that tell these potentials"
+    )
     platform: str = Field("auto", description="auto measures; or Reference, CPU, CUDA, OpenCL, HIP")
     precision: Precision = "auto"
     seed: int = Field(1, ge=0, le=2**31 - 1)
+
+
+#: What molecules sampled before these keys existed were sampled with.
+SAMPLING_BEFORE: dict[str, Any] = {
+    "flexible_beads": False,
+    "flatten": 0.0,
+    "flatten_frames": SamplingSettings.model_fields["flatten_frames"].default,
+}

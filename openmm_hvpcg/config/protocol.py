@@ -48,6 +48,7 @@ class Protocol(Settings):
                 " is: give it the role train, and the role test to a molecule with frames sampled or chosen by time"
                 " (the same input under another name will do)"
             )
+        self._check_flattening(compared)
         exchange = self.simulation.exchange
         if exchange is not None and exchange.hottest_K <= self.temperature_K:
             raise ValueError(
@@ -63,7 +64,39 @@ class Protocol(Settings):
                     f" {chosen} chosen by cluster are not distributed as its ensemble is: choose them by time, or leave"
                     " density out"
                 )
+            if training.density > 0 and self.sampling.flatten > 0:
+                raise ValueError(
+                    f"arm {arm.name} learns from the density of the frames (training.density), and frames sampled with"
+                    " a bias (sampling.flatten) are not distributed as the ensemble is: leave one of the two out"
+                )
         return self
+
+    def _check_flattening(self, compared: list[MoleculeSettings]) -> None:
+        """A bias needs molecules that are sampled, and only trained on."""
+        if self.sampling.flatten == 0:
+            return
+        alike = [m.name for m in self.molecules if self.is_flattened(m)]
+        if not alike:
+            raise ValueError(
+                "sampling.flatten acts on molecules that are sampled and only trained on, and there is none: give one"
+                " the role train (the same input may have the role test under another name)"
+            )
+        wrong = next((m.name for m in compared if m.name in alike), None)
+        if wrong is not None:
+            raise ValueError(
+                f"molecule {wrong} is compared with, and frames sampled with a bias (sampling.flatten) are not"
+                " distributed as its ensemble is: give the role test to a molecule, the same input under another name"
+                " will do"
+            )
+        if self.sampling.flatten_frames < self.sampling.walkers:
+            raise ValueError(
+                f"sampling: fewer frames without the bias (flatten_frames, {self.sampling.flatten_frames}) than walkers"
+                f" ({self.sampling.walkers})"
+            )
+
+    def is_flattened(self, molecule: MoleculeSettings) -> bool:
+        """Whether frames of the molecule are sampled with a bias."""
+        return self.sampling.flatten > 0 and molecule.role == "train" and molecule.input.trajectory is None
 
 
 def resolve_arm(protocol: Protocol, name: str) -> tuple[TrainingSettings, ModelSettings]:

@@ -22,6 +22,7 @@ from openmm_hvpcg.config import (
     MODEL_BEFORE,
     PRIORS_BEFORE,
     REFERENCE_BEFORE,
+    SAMPLING_BEFORE,
     TRAINING_BEFORE,
     TRAINING_FREE,
     MoleculeSettings,
@@ -46,9 +47,11 @@ FILE = "file "
 
 #: Settings that say where and how fast, not what: changing them keeps the results.
 WITHOUT_EFFECT = {"platform", "workers", "walkers_in", "accelerator"}
+#: What molecules are sampled with whose frames get no bias.
+UNFLATTENED = {key: value for key, value in SAMPLING_BEFORE.items() if key.startswith("flatten")}
 #: Settings younger than version 0.1.0, and what was done before there was a choice: records of older runs lack them.
 BEFORE = {
-    "sampling.flexible_beads": False,
+    **{f"sampling.{key}": value for key, value in SAMPLING_BEFORE.items()},
     "mapping.ends": False,
     "mapping.share_backbone": False,
     "simulation.exchange": None,
@@ -83,6 +86,10 @@ class Study:
 
     def frames_path(self, molecule: str) -> Path:
         return self.out / "frames" / f"{molecule}.zarr"
+
+    def pilot_path(self, molecule: str) -> Path:
+        """Frames without the bias that the others are sampled with."""
+        return self.out / "frames" / f"{molecule}+pilot.zarr"
 
     def dataset_path(self, molecule: str) -> Path:
         return self.out / "datasets" / f"{molecule}.zarr"
@@ -134,13 +141,17 @@ class Study:
         p = self.protocol
         if stage == "sample":
             molecule = next(m for m in p.molecules if m.name == unit)
-            # Which bonds are flexible, and which frames are alike.
-            depends_on_beads = p.sampling.flexible_beads or molecule.input.trajectory_choice == "cluster"
+            # Which bonds are flexible, which frames are alike, what is flattened.
+            is_flattened = p.is_flattened(molecule)
+            depends_on_beads = (
+                p.sampling.flexible_beads or molecule.input.trajectory_choice == "cluster" or is_flattened
+            )
+            sampling = p.sampling if is_flattened else p.sampling.model_copy(update=UNFLATTENED)
             return {
                 "temperature_K": p.temperature_K,
                 **_flatten(f"{unit}.input", molecule.input),
                 **self._hash_inputs(molecule),
-                **_flatten("sampling", p.sampling),
+                **_flatten("sampling", sampling),
                 **(self._describe_mapping() if depends_on_beads else {}),
             }
         if stage == "label":

@@ -14,12 +14,13 @@ from typing import Any
 import mdtraj as md
 import numpy as np
 
+from openmm_hvpcg.atomistic.flattening import DihedralBias, find_dihedrals
 from openmm_hvpcg.atomistic.flexible import warn_of_fast_bonds
 from openmm_hvpcg.atomistic.frame_choice import FrameChoice
 from openmm_hvpcg.atomistic.sampling import sample_frames, sample_walker
 from openmm_hvpcg.atomistic.systems import AtomisticSystem, build_atomistic_system
 from openmm_hvpcg.atomistic.trajectories import import_trajectory
-from openmm_hvpcg.config import LabelSettings, resolve_arm
+from openmm_hvpcg.config import LabelSettings, MoleculeSettings, resolve_arm
 from openmm_hvpcg.errors import HVPCGError, MappingError, StudyError, UnstableSimulationError
 from openmm_hvpcg.frames import Frames, FramesStore, load_frames
 from openmm_hvpcg.mapping import BeadMap, build_bead_map, check_species
@@ -38,6 +39,9 @@ from openmm_hvpcg.training.labels.oracle import find_active_atoms, find_rigid_cl
 from openmm_hvpcg.training.reference import compute_reference, load_reference
 
 logger = logging.getLogger(__name__)
+
+#: Sets the seeds of frames without a bias apart from those with it.
+PILOT_SEED = 1 << 29
 
 
 def run_study(study: Study) -> dict[str, Any]:
@@ -98,7 +102,8 @@ def _sample_molecule(study: Study, name: str) -> None:
     path = study.frames_path(name)
     if molecule.input.trajectory is None:
         warn_of_fast_bonds(system, study.protocol.sampling.timestep_fs)
-        sample_frames(system, study.protocol.sampling, path, progress=study.progress)
+        bias = _find_bias(study, molecule, study.progress)
+        sample_frames(system, study.protocol.sampling, path, bias=bias, progress=study.progress)
     else:
         import_trajectory(
             system,
@@ -118,12 +123,26 @@ def _sample_molecule(study: Study, name: str) -> None:
 
 def _sample_part(study: Study, name: str, walkers: Sequence[int]) -> list[int]:
     """Make the frames of some walkers; returns the walkers that are to do."""
-    if next(m for m in study.protocol.molecules if m.name == name).input.trajectory is not None:
+    molecule = next(m for m in study.protocol.molecules if m.name == name)
+    if molecule.input.trajectory is not None:
         return []
+    bias = _find_bias(study, molecule, progress=False)
     todo: list[int] = []
     for walker in walkers or (None,):
-        todo = sample_walker(_build_system(study, name), study.protocol.sampling, study.frames_path(name), walker)
+        system = _build_system(study, name)
+        todo = sample_walker(system, study.protocol.sampling, study.frames_path(name), walker, bias=bias)
     return todo
+
+
+def _find_bias(study: Study, molecule: MoleculeSettings, progress: bool) -> DihedralBias | None:
+    """What a molecule that is only trained on is sampled with, from frames without it, which are sampled first."""
+    if not study.protocol.is_flattened(molecule):
+        return None
+    sampling, system = study.protocol.sampling, _build_system(study, molecule.name)
+    bead_map = _make_map(study, molecule.name, system.topology)
+    pilot = sampling.model_copy(update={"n_frames": sampling.flatten_frames, "seed": sampling.seed ^ PILOT_SEED})
+    frames = sample_frames(system, pilot, study.pilot_path(molecule.name), progress=progress).read()
+    return DihedralBias.fit(bead_map.map_positions(frames.positions), bead_map, sampling.flatten)
 
 
 def _label_molecule(study: Study, name: str) -> None:
@@ -369,6 +388,8 @@ def _check_inputs(study: Study) -> None:
         if molecule not in study.trained:
             continue
         try:
+            if study.protocol.is_flattened(molecule):
+                find_dihedrals(bead_map)
             build_force_map(
                 "slice",
                 bead_map.site_weights,

@@ -193,13 +193,17 @@ def _check_density(dataset: LabelledFrames) -> None:
             got=law.name,
             hint="label again, or leave training.density out",
         )
-    choice = dataset.attributes.get("frames", {}).get("choice", {})
-    if choice.get("kind") == "cluster":
-        raise DataError(
-            "training.density needs frames that are distributed as the ensemble is, and these were chosen by cluster",
-            where=dataset.name,
-            hint="take frames by time (trajectory_choice: time), or leave training.density out",
-        )
+    frames = dataset.attributes.get("frames", {})
+    for is_so, words, hint in (
+        (frames.get("choice", {}).get("kind") == "cluster", "chosen by cluster", "by time (trajectory_choice: time)"),
+        ("bias" in frames, "sampled with a bias (sampling.flatten)", "without one"),
+    ):
+        if is_so:
+            raise DataError(
+                f"training.density needs frames that are distributed as the ensemble is, and these were {words}",
+                where=dataset.name,
+                hint=f"take frames {hint}, or leave training.density out",
+            )
 
 
 def thin_rows(frames: NDArray[np.int64], n_values: int) -> NDArray[np.int64]:

@@ -15,9 +15,13 @@ import zarr
 from cli_process import DATA, Options, call_cli
 from conftest import DEMO, set_options
 
+from openmm_hvpcg.atomistic.systems import build_atomistic_system
+from openmm_hvpcg.config import InputSettings, LabelSettings
 from openmm_hvpcg.frames import load_frames
 from openmm_hvpcg.mapping import BeadMap
 from openmm_hvpcg.potential import load_potential
+from openmm_hvpcg.training.dataset import load_dataset
+from openmm_hvpcg.training.labels.label import label_frames
 
 FM = {"name": "fm", "hvp_weight": 0.0}
 
@@ -81,6 +85,33 @@ def test_frames_chosen_by_cluster_train_and_do_not_judge(tmp_path: Path) -> None
     result = call_cli("label", write_protocol(tmp_path / "p.yaml", molecules), "--out", tmp_path / "out")
     assert result.status == 2
     assert "molecule one is compared with, and frames chosen by cluster" in result.err.replace("\n", " ")
+
+
+def test_frames_on_barriers_train_and_do_not_judge(two: Path, tmp_path: Path) -> None:
+    """With a bias for the molecule that is only trained on; its labels are those of the System without it."""
+    protocol, out = two / "p.yaml", tmp_path / "out"
+    flatten = set_options("sampling.flatten=0.8", "sampling.flatten_frames=40", "sampling.platform=Reference")
+    for stage in ("sample", "label"):
+        result = call_cli(stage, protocol, "--out", out, *flatten)
+        assert result.status == 0, result.err
+    plain, flat = (load_frames(folder / "frames/one.zarr") for folder in (two / "out", out))
+    bias = flat.provenance["bias"]
+    assert (bias["share"], bias["frames"]) == (0.8, 40)
+    assert len(bias["log_densities"]) == len(bias["dihedrals"]) > 0
+    assert flat.provenance["system_hash"] == plain.provenance["system_hash"]
+    assert load_frames(out / "frames/one+pilot.zarr").n_frames == 40
+    assert not (out / "frames/two+pilot.zarr").exists()
+    assert "bias" not in load_frames(out / "frames/two.zarr").provenance
+    labels = load_dataset(out / "datasets/one.zarr")
+    assert labels.attributes["frames"]["bias"] == bias
+    system = build_atomistic_system(InputSettings(sequence="A"), temperature_K=300.0)
+    settings = LabelSettings(probes_per_frame=2, platform="Reference")
+    again = label_frames(system, flat, labels.bead_map, settings, tmp_path / "again.zarr", progress=False)
+    np.testing.assert_array_equal(again.forces, labels.forces)
+    assert "done already" in call_cli("sample", protocol, "--out", out, *flatten).err
+    other = call_cli("sample", protocol, "--out", out, *flatten, "--set", "sampling.flatten=0.3")
+    assert other.status != 0
+    assert "sampling.flatten (0.8 -> 0.3)" in other.err
 
 
 def test_a_molecule_can_be_added(two: Path, tmp_path: Path) -> None:

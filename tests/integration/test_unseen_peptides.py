@@ -18,6 +18,8 @@ from cli_process import REPOSITORY
 
 from openmm_hvpcg.training.derivatives import compute_forces
 from openmm_hvpcg.training.fit import load_fit
+from openmm_hvpcg.training.models.priors import dihedral_angle
+from openmm_hvpcg.training.models.torsions import Bonded
 
 FOLDER = REPOSITORY / "protocols" / "unseen_peptides"
 PROTOCOL: dict[str, Any] = {
@@ -53,7 +55,7 @@ def call() -> Any:
     """Calls a script of the protocol as its command line would."""
     names = (
         *("run", "report", "sample_crowd", "sample_many", "draw_many", "peptides", "judging", "convergence"),
-        "dihedral_bias",
+        *("dihedral_bias", "barriers"),
     )
     taken = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, str(FOLDER))
@@ -251,6 +253,27 @@ def test_many_peptides_are_sampled_on_cores(study: Path, call: Callable[..., Non
 
 
 @pytest.mark.usefixtures("short_sampling")
+def test_frames_on_barriers_are_labelled_without_the_bias(
+    study: Path, call: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--protocol", study / "protocol.yaml", "--jobs", 1, "--frames", 20)
+    bias = ("--flatten", 0.7, "--seen", study / "data" / "labels.zip")
+    for name, words in {"plain": (), "flat": bias}.items():
+        call("sample_many", *common, *words, "--scratch", tmp_path / name, "--out", tmp_path / f"{name}.zip")
+    peptides = importlib.import_module("peptides")
+    plain, flat = (peptides.load_labels(tmp_path / f"{name}.zip") for name in ("plain", "flat"))
+    for a, b in zip(plain, flat, strict=True):
+        assert b.attributes["frames"]["bias"]["share"] == 0.7
+        assert "bias" not in a.attributes["frames"]
+        assert b.attributes["frames"]["system_hash"] == a.attributes["frames"]["system_hash"]
+        # The same seeds, and another trajectory.
+        assert not np.allclose(a.positions[-1], b.positions[-1], atol=1e-3)
+    with pytest.raises(SystemExit):
+        call("sample_many", *common, "--flatten", 0.7, "--scratch", tmp_path / "no", "--out", tmp_path / "no.zip")
+    assert "--flatten and --seen go together" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("short_sampling")
 def test_backbone_models_are_judged_by_the_beads_of_the_references(
     study: Path, call: Callable[..., None], tmp_path: Path
 ) -> None:
@@ -311,6 +334,30 @@ def add_cos_psi(data: Any, fit: Any, coefficient: float) -> Any:
     x = torch.from_numpy(data.positions).double()
     forces = compute_forces(lambda p: total.frame_energies(p) + coefficient * functions["cos psi"](p), x)
     return replace(data, forces=forces.numpy().astype(np.float32))
+
+
+def test_work_over_barriers(call: Callable[..., None], tmp_path: Path) -> None:
+    """Labels of real frames that are the forces of 5 cos(dihedral): the work of the cosine, without an error."""
+    peptides, barriers = (importlib.import_module(name) for name in ("peptides", "barriers"))
+    several = [d for d in peptides.load_labels(REPOSITORY / "data/unseen_peptides/labels.zip") if len(d.name) == 6]
+    data = several[0]
+    (torsion,) = Bonded.find(data.bead_map).torsions[:1]
+    x = torch.from_numpy(data.positions).double()
+    forces = compute_forces(lambda p: 5.0 * torch.cos(dihedral_angle(p, torsion[None]))[:, 0], x)
+    angles, along = barriers.collect([replace(data, forces=forces.numpy())])
+    np.testing.assert_allclose(along[: data.n_frames], 5.0 * np.sin(np.radians(angles[: data.n_frames])), atol=1e-6)
+    # Means over bins of 14.5 degrees are off the cosine's slope by 0.3 %.
+    grid = np.linspace(-180, 180, 36001)[:-1]
+    found = barriers.add_up(grid, 5.0 * np.sin(np.radians(grid)), 50, 195)
+    assert found["difference"] == pytest.approx(5.0 * (np.cos(np.radians(195)) - np.cos(np.radians(50))), rel=3e-3)
+    assert found["error"] == pytest.approx(0.0, abs=0.02)
+    peptides.save_labels(tmp_path / "labels.zip", several, {})
+    call("barriers", tmp_path / "labels.zip", "--out", tmp_path / "out.json")
+    sizes = json.loads((tmp_path / "out.json").read_text())["labels"]
+    assert [name.split(", ")[1] for name in sizes] == [f"{n} frames a peptide" for n in (1600, 800, 400)]
+    errors = [figures["helix to strand by 120"]["error"] for figures in sizes.values()]
+    # A quarter of the frames has twice the error; by the scatter of variances in bins of few frames not quite.
+    assert 1.5 < errors[2] / errors[0] < 2.7
 
 
 def test_backbone_study_has_the_peptides_of_the_first() -> None:

@@ -91,6 +91,8 @@ DEFAULTS: dict[str, Any] = {
         "equilibration_steps": 20000,
         "constraints": "hbonds",
         "flexible_beads": False,
+        "flatten": 0.0,
+        "flatten_frames": 400,
         "platform": "auto",
         "precision": "auto",
         "seed": 1,
@@ -140,6 +142,7 @@ DEFAULTS: dict[str, Any] = {
         "whiten": "none",
         "density": 0.0,
         "hvp_along": "all",
+        "hvp_offset": "none",
         "committee": 1,
         "batch_size": 64,
         "learning_rate": 1e-3,
@@ -463,6 +466,29 @@ class TestWrongValues:
         validate_protocol({"molecules": molecules})
         dense = {"arms": [{"name": "fm"}, {"name": "dense", "density": 0.5}]}
         assert "arm dense learns from the density of the frames" in explain({"molecules": molecules, "training": dense})
+
+    def test_frames_sampled_with_a_bias_are_not_compared_with(self) -> None:
+        """There has to be a molecule that gets the bias, and one that does not, to compare with."""
+        sequence, trajectory = {"sequence": "A"}, {"pdb": "a.pdb", "trajectory": "a.dcd"}
+
+        def ask(*molecules: tuple[str, dict[str, str]], **more: Any) -> dict[str, Any]:
+            named = zip("ab", molecules, strict=False)
+            listed = [{"name": name, "role": role, "input": source} for name, (role, source) in named]
+            return {"molecules": listed, "sampling": {"flatten": 0.5, **more.pop("sampling", {})}, **more}
+
+        good = ("train", sequence), ("test", sequence)
+        protocol = validate_protocol(ask(*good))
+        assert [protocol.is_flattened(m) for m in protocol.molecules] == [True, False]
+        none = "sampling.flatten acts on molecules that are sampled and only trained on, and there is none"
+        assert none in explain(ask(("both", sequence)))
+        assert none in explain(ask(("train", trajectory), ("test", sequence)))
+        assert "molecule a is compared with, and frames sampled with a bias" in explain(ask(("train", sequence)))
+        dense = {"arms": [{"name": "fm"}, {"name": "dense", "density": 0.5}]}
+        assert "arm dense learns from the density" in explain(ask(*good, training=dense))
+        few = {"walkers": 30, "flatten_frames": 20}
+        assert "fewer frames without the bias (flatten_frames, 20) than walkers (30)" in explain(
+            ask(*good, sampling=few)
+        )
 
     def test_density_of_an_arm(self) -> None:
         training: dict[str, Any] = {"arms": [{"name": "dense", "density": 0.9}]}

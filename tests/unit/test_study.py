@@ -117,6 +117,24 @@ def test_flexible_beads_make_frames_depend_on_the_mapping(study: Study, protocol
     assert change("mapping.beads=heavy").find_changes("sample", "t") == ["mapping.beads (ca -> heavy)"]
 
 
+def test_what_is_flattened_depends_on_the_mapping(study: Study, protocol: Path) -> None:
+    """Molecules that are not only trained on know nothing of it."""
+
+    def change(*overrides: str) -> Study:
+        opened = open_study(protocol, protocol.parent / "fresh", overrides)
+        return Study(opened.protocol, study.base, study.out)
+
+    for name in ("r", "t", "a"):
+        finish(study, "sample", name)
+    assert change("sampling.flatten=0.5").find_changes("sample", "r") == ["sampling.flatten (0.0 -> 0.5)"]
+    for name in ("t", "a"):
+        assert change("sampling.flatten=0.5", "mapping.beads=heavy").find_changes("sample", name) == []
+    finish(change("sampling.flatten=0.5"), "sample", "r")
+    assert change("sampling.flatten=0.5").find_changes("sample", "r") == []
+    changes = change("sampling.flatten=0.5", "mapping.beads=heavy").find_changes("sample", "r")
+    assert changes == ["mapping.beads (ca -> heavy)"]
+
+
 def test_records_of_older_versions(study: Study, protocol: Path) -> None:
     """Before there was a choice, constraints stayed: such frames are not those of flexible beads."""
     finish(study, "label", "a")
