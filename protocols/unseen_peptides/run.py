@@ -8,7 +8,8 @@
 
 With `--protocol .../many.yaml --labels LABELS` the study trains on seven times the peptides, a tenth of the frames of
 each; their labels are made by sample_many.py. With `--protocol .../backbone.yaml --labels LABELS --unseen UNSEEN` it is
-one of backbone beads, judged by those that the references have.
+one of backbone beads, judged by those that the references have. With `--flat FLAT` it trains on frames of the same
+peptides on barriers as well, which sample_many.py --flatten makes.
 
 Every piece goes on where it was stopped. OUT/results.json holds what is finished; `report.py` makes tables and plots
 of it.
@@ -22,7 +23,7 @@ import logging
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,9 @@ def main() -> None:
     study.add_argument("--arms", nargs="+")
     study.add_argument("--sizes", type=int, nargs="+", help="frames of each peptide; all and a quarter of them")
     study.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    study.add_argument(
+        "--flat", type=Path, help="more frames of the same peptides, trained on as molecules of their own"
+    )
     means = pieces.add_parser("means")
     means.add_argument("source", type=Path, help="the --out of a study whose trainings are finished")
     means.add_argument("--out", type=Path, required=True)
@@ -248,24 +252,30 @@ def run_one(protocol: Protocol, options: argparse.Namespace, work: Work, peptide
     return f"{work.name} {peptide or 'trained'}"
 
 
-def choose_settings(protocol: Protocol, work: Work) -> tuple[TrainingSettings, ModelSettings]:
+def choose_settings(protocol: Protocol, work: Work, n_more: int) -> tuple[TrainingSettings, ModelSettings]:
     """A quarter of the frames is trained on for as many steps as all of them: the budget is the same.
 
-    Every seed has a quarter of its own, the fifth the first one again.
+    Every seed has a quarter of its own, the fifth the first one again. ``n_more`` frames of each peptide come from
+    elsewhere.
     """
     training, model = resolve_arm(protocol, work.arm)
-    epochs = training.max_epochs * count_frames(protocol) // work.size
-    few = {"seed": work.seed, "frames_per_molecule": work.size, "max_epochs": epochs}
+    epochs = max(1, training.max_epochs * count_frames(protocol) // (work.size + n_more))
+    few = {"seed": work.seed, "frames_per_molecule": max(work.size, n_more), "max_epochs": epochs}
     return training.model_copy(update=few), model
 
 
 def train_one(protocol: Protocol, options: argparse.Namespace, work: Work) -> None:
     began = time.process_time()
-    training, model = choose_settings(protocol, work)
     folder = options.out / "models" / work.name
     n_parts = max(1, count_frames(protocol) // work.size)
     datasets = [choose_part(d, n_parts, work.seed - 1) for d in load_labels(options.labels)]
-    fit = fit_potential(datasets, training, model, protocol.priors, folder / "fit", arm=work.arm, progress=False)
+    priors = protocol.priors
+    more = [replace(d, name=f"{d.name}_flat") for d in load_labels(options.flat)] if options.flat else []
+    if more:
+        # A peptide is two molecules then: a term of one peptide alone is still no term of two.
+        priors = priors.model_copy(update={"min_molecules": 2 * priors.min_molecules - 1})
+    training, model = choose_settings(protocol, work, max((d.n_frames for d in more), default=0))
+    fit = fit_potential([*datasets, *more], training, model, priors, folder / "fit", arm=work.arm, progress=False)
     shutil.rmtree(folder / "fit" / "logs", ignore_errors=True)
     export_potential(fit.network, fit.spec, folder / "potential.pt", datasets[0].positions[:64])
     keys = (

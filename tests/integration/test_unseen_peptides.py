@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import yaml
 from cli_process import REPOSITORY
 
+from openmm_hvpcg.config import load_protocol
 from openmm_hvpcg.training.derivatives import compute_forces
 from openmm_hvpcg.training.fit import load_fit
 from openmm_hvpcg.training.models.priors import dihedral_angle
@@ -256,7 +258,7 @@ def test_many_peptides_are_sampled_on_cores(study: Path, call: Callable[..., Non
 def test_frames_on_barriers_are_labelled_without_the_bias(
     study: Path, call: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = ("--protocol", study / "protocol.yaml", "--jobs", 1, "--frames", 20)
+    common = ("--protocol", study / "protocol.yaml", "--jobs", 1, "--frames", 40)
     bias = ("--flatten", 0.7, "--seen", study / "data" / "labels.zip")
     for name, words in {"plain": (), "flat": bias}.items():
         call("sample_many", *common, *words, "--scratch", tmp_path / name, "--out", tmp_path / f"{name}.zip")
@@ -268,6 +270,19 @@ def test_frames_on_barriers_are_labelled_without_the_bias(
         assert b.attributes["frames"]["system_hash"] == a.attributes["frames"]["system_hash"]
         # The same seeds, and another trajectory.
         assert not np.allclose(a.positions[-1], b.positions[-1], atol=1e-3)
+    # Trained on beside the others, a molecule each, for as many steps: 40 frames and 40 more.
+    words = ("--protocol", study / "protocol.yaml", "--data", study / "data", "--jobs", 1, "study")
+    out = ("--out", tmp_path / "out", "--arms", "fm", "--sizes", 40, "--seeds", 1, "--flat", tmp_path / "flat.zip")
+    call("run", *words, *out)
+    (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    made_from = json.loads((tmp_path / "out/models/fm-40-1/fit/made_from.json").read_text())
+    assert set(made_from["datasets"]) == {f"{d.name}{end}" for d in flat for end in ("", "_flat")}
+    assert made_from["priors"]["min_molecules"] == 3
+    assert run["peptides"]["AGA"]["tica1"]["kl"] >= 0
+    module = importlib.import_module("run")
+    choose = partial(module.choose_settings, load_protocol(FOLDER / "protocol.yaml"))
+    settings = [choose(module.Work("fm", size, 1), more)[0] for size, more in ((1600, 0), (800, 800), (800, 0))]
+    assert [(s.max_epochs, s.frames_per_molecule) for s in settings] == [(20, 1600), (20, 800), (40, 800)]
     with pytest.raises(SystemExit):
         call("sample_many", *common, "--flatten", 0.7, "--scratch", tmp_path / "no", "--out", tmp_path / "no.zip")
     assert "--flatten and --seen go together" in capsys.readouterr().err
@@ -321,6 +336,11 @@ def test_backbone_models_are_judged_by_the_beads_of_the_references(
     bias = importlib.import_module("dihedral_bias")
     found = bias.find_biases(load_fit(fit), [add_cos_psi(unseen, load_fit(fit), 3.0)])
     assert found["cos psi"] == (pytest.approx(3.0, rel=1e-3), pytest.approx(0.0, abs=1e-3))
+    # Of labels that are the model's forces nothing is left, along psi alone.
+    collect = importlib.import_module("barriers").collect
+    own, left = (collect([add_cos_psi(unseen, load_fit(fit), 0.0)], model) for model in (None, load_fit(fit)))
+    assert len(left.angles) == 3 * unseen.n_frames
+    assert np.abs(left.along).max() < 1e-4 * np.abs(own.along).max()
     frames, _ = peptides.load_labelled(tmp_path / "unseen.zip", "AGA")
     reference, _ = peptides.load_reference(study / "data" / "references.zip", "AGA")
     chosen = importlib.import_module("judging").choose_beads(frames, reference.topology)
@@ -344,18 +364,22 @@ def test_work_over_barriers(call: Callable[..., None], tmp_path: Path) -> None:
     (torsion,) = Bonded.find(data.bead_map).torsions[:1]
     x = torch.from_numpy(data.positions).double()
     forces = compute_forces(lambda p: 5.0 * torch.cos(dihedral_angle(p, torsion[None]))[:, 0], x)
-    angles, along = barriers.collect([replace(data, forces=forces.numpy())])
-    np.testing.assert_allclose(along[: data.n_frames], 5.0 * np.sin(np.radians(angles[: data.n_frames])), atol=1e-6)
+    samples = barriers.collect([replace(data, forces=forces.numpy())])
+    angles = np.radians(samples.angles[: data.n_frames])
+    np.testing.assert_allclose(samples.along[: data.n_frames], 5.0 * np.sin(angles), atol=1e-6)
+    in_helix = np.abs(np.degrees(dihedral_angle(x, Bonded.find(data.bead_map).torsions).numpy()) - 50) < 50
+    np.testing.assert_allclose(samples.helical[: data.n_frames], in_helix[:, 1:].mean(axis=1))
     # Means over bins of 14.5 degrees are off the cosine's slope by 0.3 %.
     grid = np.linspace(-180, 180, 36001)[:-1]
-    found = barriers.add_up(grid, 5.0 * np.sin(np.radians(grid)), 50, 195)
+    found = barriers.add_up(barriers.Samples(grid, 5.0 * np.sin(np.radians(grid)), grid), 50, 195)
     assert found["difference"] == pytest.approx(5.0 * (np.cos(np.radians(195)) - np.cos(np.radians(50))), rel=3e-3)
     assert found["error"] == pytest.approx(0.0, abs=0.02)
     peptides.save_labels(tmp_path / "labels.zip", several, {})
     call("barriers", tmp_path / "labels.zip", "--out", tmp_path / "out.json")
     sizes = json.loads((tmp_path / "out.json").read_text())["labels"]
     assert [name.split(", ")[1] for name in sizes] == [f"{n} frames a peptide" for n in (1600, 800, 400)]
-    errors = [figures["helix to strand by 120"]["error"] for figures in sizes.values()]
+    errors = [figures["helix to strand"]["error"] for figures in sizes.values()]
+    assert sizes.popitem()[1].keys() == {"helix to strand", "strand to helix"}
     # A quarter of the frames has twice the error; by the scatter of variances in bins of few frames not quite.
     assert 1.5 < errors[2] / errors[0] < 2.7
 
