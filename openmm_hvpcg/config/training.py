@@ -119,11 +119,6 @@ class TrainingSettings(Settings):
         description="directions that HVPs are matched along: all; bonds; angles: bonds and angles, where curvature is"
         " large beside the error of pooled covariances",
     )
-    hvp_offset: Literal["none", "torsions"] = Field(
-        "none",
-        description="torsions: HVPs are matched up to the curvature of a potential of the dihedrals, the same for all"
-        " species, that is learnt beside the network and left out: what pooled covariances get wrong everywhere alike",
-    )
     covariance: Literal["auto", "frame", "pooled", "ratio", "sample"] = Field(
         "auto",
         description="of the HVP target: frame, each frame's own; pooled, mixed with that of frames alike; ratio,"
@@ -242,7 +237,6 @@ class TrainingSettings(Settings):
 TRAINING_BEFORE: dict[str, Any] = {
     "hvp_start": 0.0,
     "hvp_along": "all",
-    "hvp_offset": "none",
     "covariance": "frame",
     "covariance_frames": TrainingSettings.model_fields["covariance_frames"].default,
     "covariance_regions": TrainingSettings.model_fields["covariance_regions"].default,

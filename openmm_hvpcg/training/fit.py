@@ -260,9 +260,7 @@ def _judge(
     ``course`` is how the training went, for the metrics.
     """
     hvp_weight = get_hvp_weight(training, prepared)
-    # Targets that are known up to a potential which is not kept say nothing of the share: forces alone do.
-    judging_weight = hvp_weight if training.hvp_offset == "none" else 0.0
-    share = choose_network_share(network, prepared, training.force_weight, judging_weight, training.density)
+    share = choose_network_share(network, prepared, training.force_weight, hvp_weight, training.density)
     scale_energy(network, share)
     metrics = evaluate_network(network, prepared, datasets)
     metrics |= {

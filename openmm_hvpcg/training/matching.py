@@ -20,14 +20,12 @@ from openmm_hvpcg.training.derivatives import (
     compute_forces_and_hvps,
 )
 from openmm_hvpcg.training.losses import density_loss, force_loss, hvp_loss
-from openmm_hvpcg.training.models.torsions import TorsionEnergy, bind_network
+from openmm_hvpcg.training.models.torsions import bind_network
 from openmm_hvpcg.training.preparation import CHUNK_FRAMES, Prepared
 from openmm_hvpcg.training.projection import build_projector
 
 #: Times a training pools the covariances of the HVP target anew.
 POOLINGS = 10
-#: Width of the potential that HVPs are matched up to.
-OFFSET_FEATURES = 16
 #: Cosine schedule: steps to reach the full learning rate, and the share of it that is left at the end.
 WARMUP_STEPS = 50
 FINAL_RATE = 1e-3
@@ -56,9 +54,6 @@ class MatchingModule(lightning.LightningModule):
         self.automatic_optimization = False
         self.network = network
         decay = settings.weight_averaging
-        self.offset = (
-            TorsionEnergy(1, OFFSET_FEATURES, 1.0 / prepared.beta) if settings.hvp_offset == "torsions" else None
-        )
         self.averaged = average_weights(network, decay) if decay > 0 else None
         self.batches = FrameBatches(prepared.groups, prepared.storage)
         self.train_loss = math.nan
@@ -89,10 +84,6 @@ class MatchingModule(lightning.LightningModule):
             density = density_loss(forces, hvps, batch.density_forces, batch.density_probes, self.beta, self.scales)
         if not with_hvps:
             return Losses(force, None, density)
-        if self.offset is not None:
-            # The same for all species, and forces know nothing of it.
-            energy = bind_network(self.offset, torch.zeros_like(batch.species), batch.bonded)
-            hvps = hvps + compute_forces_and_hvps(energy, batch.positions, batch.probes, create_graph, method)[1]
         hvp = hvp_loss(
             hvps,
             batch.hvps,
@@ -223,8 +214,7 @@ class MatchingModule(lightning.LightningModule):
         self.log_dict(values, batch_size=self._count_frames(batch), sync_dist=self.is_shared)  # type: ignore[arg-type]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        trained = [self.network] if self.offset is None else [self.network, self.offset]
-        self._weights = [p for module in trained for p in module.parameters() if p.requires_grad]
+        self._weights = [p for p in self.network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             self._weights,
             lr=self.settings.learning_rate,

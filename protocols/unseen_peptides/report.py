@@ -28,7 +28,6 @@ COLOURS = {
     "hvp": "tab:red",
     "hvp_bonds": "tab:purple",
     "hvp_ratio": "tab:brown",
-    "hvp_offset": "tab:pink",
     "density": "tab:green",
     "hvp_density": "tab:orange",
 }
@@ -37,7 +36,6 @@ NAMES = {
     "hvp": "FM + HVP",
     "hvp_bonds": "FM + HVP along bonds",
     "hvp_ratio": "FM + HVP, covariance: ratio",
-    "hvp_offset": "FM + HVP up to torsions",
     "density": "FM + density",
     "hvp_density": "FM + HVP + density",
 }

@@ -142,7 +142,6 @@ DEFAULTS: dict[str, Any] = {
         "whiten": "none",
         "density": 0.0,
         "hvp_along": "all",
-        "hvp_offset": "none",
         "committee": 1,
         "batch_size": 64,
         "learning_rate": 1e-3,

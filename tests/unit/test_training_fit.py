@@ -304,47 +304,6 @@ def test_hvps_are_matched_where_they_are_asked_for(tmp_path):
         assert any(f"HVPs are matched along {words} alone" in line for line in result.metrics["diagnosis"]["weights"])
 
 
-def test_hvps_are_matched_up_to_a_potential_that_forces_do_not_see(tmp_path):
-    """Its HVPs are part of that term alone, it learns from that alone, and is no part of what is kept."""
-    settings = change(covariance="frame", hvp_offset="torsions")
-    prepared = prepare_labels(build_labels(60, force_noise=30.0), settings, PRIORS)
-    torch.manual_seed(2)
-    network = build_network(3, MODEL, KT)
-    module, plain = (MatchingModule(network, s, prepared) for s in (settings, change(covariance="frame")))
-    assert plain.offset is None
-    for layer in (module.offset.single[-1], module.offset.pair[-1]):
-        torch.nn.init.normal_(layer.weight)
-    index = BatchIndex(np.zeros(8, dtype=np.int64), np.arange(8), np.tile([0, 2], (8, 1)))
-    batch = FrameBatches(prepared.groups)[index]
-    mine, theirs = (m.compute_losses(network, batch, True, create_graph=True) for m in (module, plain))
-    assert torch.equal(mine.force, theirs.force)
-    # The species do not matter to it: all are the first one.
-    alike = bind_network(module.offset, torch.zeros_like(batch.species), batch.bonded)
-    forces, hvps = compute_forces_and_hvps(
-        bind_network(network, batch.species, batch.bonded), batch.positions, batch.probes
-    )
-    hvps = hvps + compute_forces_and_hvps(alike, batch.positions, batch.probes)[1]
-    expected = hvp_loss(hvps, batch.hvps, batch.forces - forces, batch.probes, prepared.beta, prepared.scales)
-    torch.testing.assert_close(mine.hvp, expected)
-    assert not torch.isclose(mine.hvp, theirs.hvp, rtol=1e-3)
-    module.configure_optimizers()
-    learning = [p for p in module.offset.parameters() if any(p is w for w in module._weights)]
-    assert len(learning) == len(list(module.offset.parameters()))
-    gradients = torch.autograd.grad(mine.hvp, learning, allow_unused=True)
-    assert any(g is not None and float(g.abs().max()) > 0 for g in gradients)
-
-
-def test_potential_that_hvps_are_matched_up_to_is_not_kept(tmp_path):
-    with_offset, without = (
-        train(tmp_path / name, change(max_epochs=3, hvp_offset=name), force_noise=100.0)
-        for name in ("torsions", "none")
-    )
-    assert [n for n, _ in with_offset.network.named_parameters()] == [n for n, _ in without.network.named_parameters()]
-    assert with_offset.curves[-1] != without.curves[-1]
-    state = torch.load(tmp_path / "torsions" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    assert float(state["offset.single.2.weight"].abs().max()) > 0, "it has not learnt anything"
-
-
 def test_few_of_many_probes_are_judged(monkeypatch):
     """A network is judged as on labels that have no more probes, and without an HVP of any other."""
     asked = []

@@ -123,7 +123,7 @@ def split_network(network: nn.Module) -> tuple[nn.Module, TorsionEnergy | None]:
 
 def bind_network(network: nn.Module, species: Tensor, bonded: Bonded) -> EnergyFunction:
     """The network as a function of positions (F, B, 3) nm alone; on the device of ``species``."""
-    if not isinstance(network, (WithTorsions, TorsionEnergy)):
+    if not isinstance(network, WithTorsions):
         return lambda x: network(x, species)
     index = [rows.to(species.device) for rows in bonded]
     return lambda x: network(x, species, *index)
