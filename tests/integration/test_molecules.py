@@ -112,6 +112,10 @@ def test_frames_on_barriers_train_and_do_not_judge(two: Path, tmp_path: Path) ->
     other = call_cli("sample", protocol, "--out", out, *flatten, "--set", "sampling.flatten=0.3")
     assert other.status != 0
     assert "sampling.flatten (0.8 -> 0.3)" in other.err
+    # On a cluster the frames without the bias come before the parts of those with it.
+    result = call_cli("sample", protocol, "--out", tmp_path / "local", *flatten, "--scheduler", "local", "--workers", 1)
+    assert result.status == 0, result.err
+    np.testing.assert_array_equal(load_frames(tmp_path / "local/frames/one.zarr").positions, flat.positions)
 
 
 def test_a_molecule_can_be_added(two: Path, tmp_path: Path) -> None:
