@@ -13,7 +13,6 @@ frames without the bias tells it.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +74,7 @@ class DihedralBias:
             force.addGroup(atoms.tolist(), weights[atoms].tolist())
         for beads, coefficients in zip(self.dihedrals.tolist(), self.log_densities, strict=True):
             force.addBond(beads, coefficients.ravel().tolist())
-        biased = copy.deepcopy(system)
+        biased = openmm.XmlSerializer.clone(system)
         biased.addForce(force)
         return biased
 

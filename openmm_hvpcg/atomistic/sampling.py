@@ -77,11 +77,11 @@ def sample_frames(
     """
     path = Path(path)
     store = _open_or_create(system, settings, path, bias)
-    system = _add_bias(system, bias)
     gather_parts(store)
     checkpoints = path.with_suffix(".checkpoints")
     left = [w for w in range(settings.walkers) if store.count_done(w) < store.counts[w]]
     if left:
+        system = _add_bias(system, bias)
         cores = count_cores()
         workers = min(len(left), cores)
         choice = _choose_platform(system, settings, checkpoints, max(1, cores // workers))
@@ -125,11 +125,11 @@ def sample_walker(
     """
     path = Path(path)
     store = _open_or_create(system, settings, path, bias)
-    system = _add_bias(system, bias)
     unfinished = [w for w in range(settings.walkers) if store.count_done(w) < store.counts[w]]
     if walker is not None and walker in unfinished:
         part = open_part(store, walker)
         if not part.is_complete:
+            system = _add_bias(system, bias)
             checkpoints = path.with_suffix(".checkpoints")
             choice = _choose_platform(system, settings, checkpoints, count_cores())
             run = WalkerPool(system, settings, part, checkpoints, choice, checkpoint_seconds)

@@ -41,52 +41,46 @@ class Protocol(Settings):
         if all(m.role == "test" for m in self.molecules):
             raise ValueError("no molecule to train on: give at least one the role train or both")
         compared = [m for m in self.molecules if m.role != "train"] or self.molecules
-        biased = next((m.name for m in compared if m.input.trajectory_choice == "cluster"), None)
-        if biased is not None:
+        self._check_flattening()
+        biased = {m.name: words for m in self.molecules if (words := self._explain_bias(m))}
+        wrong = next((m.name for m in compared if m.name in biased), None)
+        if wrong is not None:
             raise ValueError(
-                f"molecule {biased} is compared with, and frames chosen by cluster are not distributed as its ensemble"
+                f"molecule {wrong} is compared with, and frames {biased[wrong]} are not distributed as its ensemble"
                 " is: give it the role train, and the role test to a molecule with frames sampled or chosen by time"
                 " (the same input under another name will do)"
             )
-        self._check_flattening(compared)
         exchange = self.simulation.exchange
         if exchange is not None and exchange.hottest_K <= self.temperature_K:
             raise ValueError(
                 f"simulation.exchange.hottest_K ({exchange.hottest_K:g}) is not above temperature_K"
                 f" ({self.temperature_K:g})"
             )
-        chosen = next((m.name for m in self.molecules if m.input.trajectory_choice == "cluster"), None)
         for arm in self.training.arms:
             training, _ = resolve_arm(self, arm.name)
-            if training.density > 0 and chosen is not None:
-                raise ValueError(
-                    f"arm {arm.name} learns from the density of the frames (training.density), and frames of molecule"
-                    f" {chosen} chosen by cluster are not distributed as its ensemble is: choose them by time, or leave"
-                    " density out"
-                )
-            if training.density > 0 and self.sampling.flatten > 0:
-                raise ValueError(
-                    f"arm {arm.name} learns from the density of the frames (training.density), and frames sampled with"
-                    " a bias (sampling.flatten) are not distributed as the ensemble is: leave one of the two out"
-                )
+            for name, words in biased.items():
+                if training.density > 0:
+                    raise ValueError(
+                        f"arm {arm.name} learns from the density of the frames (training.density), and frames of"
+                        f" molecule {name} {words} are not distributed as its ensemble is: take them by time and"
+                        " without a bias, or leave density out"
+                    )
         return self
 
-    def _check_flattening(self, compared: list[MoleculeSettings]) -> None:
+    def _explain_bias(self, molecule: MoleculeSettings) -> str | None:
+        """What keeps frames of the molecule from being distributed as its ensemble is, if anything does."""
+        if molecule.input.trajectory_choice == "cluster":
+            return "chosen by cluster"
+        return "sampled with a bias (sampling.flatten)" if self.is_flattened(molecule) else None
+
+    def _check_flattening(self) -> None:
         """A bias needs molecules that are sampled, and only trained on."""
         if self.sampling.flatten == 0:
             return
-        alike = [m.name for m in self.molecules if self.is_flattened(m)]
-        if not alike:
+        if not any(self.is_flattened(m) for m in self.molecules):
             raise ValueError(
                 "sampling.flatten acts on molecules that are sampled and only trained on, and there is none: give one"
                 " the role train (the same input may have the role test under another name)"
-            )
-        wrong = next((m.name for m in compared if m.name in alike), None)
-        if wrong is not None:
-            raise ValueError(
-                f"molecule {wrong} is compared with, and frames sampled with a bias (sampling.flatten) are not"
-                " distributed as its ensemble is: give the role test to a molecule, the same input under another name"
-                " will do"
             )
         if self.sampling.flatten_frames < self.sampling.walkers:
             raise ValueError(

@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from judging import bind_model
+from dihedral_bias import KINDS
+from judging import find_residuals, find_torsions
 from numpy.typing import NDArray
 from peptides import choose_part, load_labels
 
@@ -38,7 +39,6 @@ from openmm_hvpcg.training.models.torsions import Bonded
 #: From where to where, degrees: helix and strand, over the barrier between them and the other way round.
 CALPHA = {"helix to strand": (50.0, 195.0), "strand to helix": (-165.0, 50.0)}
 PSI = {"helix to strand": (-30.0, 145.0), "strand to helix": (145.0, 330.0)}
-PSI_BEADS = ("N", "CA", "C", "N")
 #: A dihedral this near to where the ways begin is in the helix.
 HELIX_DEGREES = 50.0
 #: Of the other dihedrals of the peptide, what share is in the helix.
@@ -100,25 +100,19 @@ def main() -> None:
 
 def find_psi(bead_map: BeadMap) -> bool:
     """Whether there are backbone beads."""
-    return set(PSI_BEADS) <= set(bead_map.names)
+    return set(KINDS["psi"]) <= set(bead_map.names)
 
 
 def choose_dihedrals(bead_map: BeadMap) -> torch.Tensor:
     """Rows (D, 4) of beads: all, or psi alone."""
-    torsions = Bonded.find(bead_map).torsions
-    if not find_psi(bead_map):
-        return torsions
-    names = [tuple(bead_map.names[bead] for bead in row) for row in torsions.tolist()]
-    return torsions[[name in (PSI_BEADS, PSI_BEADS[::-1]) for name in names]]
+    return find_torsions(bead_map, KINDS["psi"]) if find_psi(bead_map) else Bonded.find(bead_map).torsions
 
 
 def collect(datasets: list[LabelledFrames], fit: FitResult | None = None) -> Samples:
     found: list[NDArray[np.float64]] = []
     for data in datasets:
         positions = torch.from_numpy(data.positions).double()
-        left = data.forces.astype(np.float64)
-        if fit is not None:
-            left -= compute_forces(bind_model(fit.network, fit.spec, data.bead_map).frame_energies, positions).numpy()
+        left = data.forces if fit is None else find_residuals(fit.network, fit.spec, data)
         dihedrals = choose_dihedrals(data.bead_map)
         angles = np.degrees(dihedral_angle(positions, dihedrals).numpy())
         centre = (PSI if find_psi(data.bead_map) else CALPHA)["helix to strand"][0]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from judging import bind_model
+from judging import find_residuals, find_torsions
 from numpy.typing import NDArray
 from peptides import load_labels
 from torch import Tensor
@@ -28,7 +28,6 @@ from openmm_hvpcg.training.dataset import LabelledFrames
 from openmm_hvpcg.training.derivatives import compute_forces
 from openmm_hvpcg.training.fit import FitResult, load_fit
 from openmm_hvpcg.training.models.priors import dihedral_angle
-from openmm_hvpcg.training.models.torsions import Bonded
 
 #: The beads of each dihedral, which may be listed from either end.
 KINDS = {"phi": ("C", "N", "CA", "C"), "psi": ("N", "CA", "C", "N")}
@@ -57,9 +56,8 @@ def find_biases(fit: FitResult, datasets: list[LabelledFrames]) -> dict[str, tup
     torch.set_num_threads(1)
     products: dict[str, list[NDArray[np.float64]]] = {}
     for data in datasets:
-        total = bind_model(fit.network, fit.spec, data.bead_map)
         positions = torch.from_numpy(data.positions).double()
-        residuals = data.forces - compute_forces(total.frame_energies, positions).numpy()
+        residuals = find_residuals(fit.network, fit.spec, data)
         for name, function in list_functions(data.bead_map):
             forces = compute_forces(function, positions).numpy()
             both = np.stack([(forces * residuals).sum((1, 2)), (forces**2).sum((1, 2))])
@@ -70,10 +68,8 @@ def find_biases(fit: FitResult, datasets: list[LabelledFrames]) -> dict[str, tup
 
 def list_functions(bead_map: BeadMap) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
     """Sums over the dihedrals of each kind, (F,) of positions (F, B, 3)."""
-    torsions = Bonded.find(bead_map).torsions
-    names = [tuple(bead_map.names[bead] for bead in row) for row in torsions.tolist()]
     for kind, beads in KINDS.items():
-        index = torsions[[name in (beads, beads[::-1]) for name in names]]
+        index = find_torsions(bead_map, beads)
         if len(index) == 0:
             raise SystemExit(f"dihedral_bias.py is for backbone beads, and there is no {kind} among {bead_map.names}")
         for name, wave in (("cos", torch.cos), ("sin", torch.sin)):

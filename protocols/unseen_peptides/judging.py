@@ -19,6 +19,7 @@ from openmm_hvpcg.mapping import BeadMap
 from openmm_hvpcg.potential import PotentialSpec
 from openmm_hvpcg.training.dataset import LabelledFrames
 from openmm_hvpcg.training.derivatives import compute_forces
+from openmm_hvpcg.training.models.torsions import Bonded
 from openmm_hvpcg.training.models.total import TotalEnergy
 
 #: Beads at least this far apart along the chain, and this near in space, are in contact.
@@ -37,6 +38,20 @@ def choose_beads(run: Frames, topology: md.Topology) -> Frames:
 def bind_model(network: torch.nn.Module, spec: PotentialSpec, bead_map: BeadMap) -> TotalEnergy:
     """Priors and network as the energy of a molecule."""
     return TotalEnergy(network, replace(spec, bead_map=bead_map)).eval()
+
+
+def find_residuals(network: torch.nn.Module, spec: PotentialSpec, labels: LabelledFrames) -> NDArray[np.float64]:
+    """What a model leaves of the force labels, (T, B, 3)."""
+    total = bind_model(network, spec, labels.bead_map)
+    forces = compute_forces(total.frame_energies, torch.from_numpy(labels.positions).double())
+    return labels.forces - forces.numpy()
+
+
+def find_torsions(bead_map: BeadMap, beads: tuple[str, ...]) -> torch.Tensor:
+    """Rows (n, 4) of four bonded beads with these names, which may be listed from either end."""
+    torsions = Bonded.find(bead_map).torsions
+    names = [tuple(bead_map.names[bead] for bead in row) for row in torsions.tolist()]
+    return torsions[[name in (beads, beads[::-1]) for name in names]]
 
 
 def judge_forces(network: torch.nn.Module, spec: PotentialSpec, labels: LabelledFrames) -> dict[str, list[float]]:

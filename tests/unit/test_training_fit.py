@@ -270,8 +270,14 @@ def test_unusable_data_are_refused(tmp_path):
     ("attributes", "message"),
     [
         ({"probe_law": "soft"}, "mol: training.density takes traces .* expected probes of the law rademacher"),
-        ({"frames": {"choice": {"kind": "cluster"}}}, "mol: training.density needs frames .* chosen by cluster"),
-        ({"frames": {"bias": {"share": 0.7}}}, "mol: training.density needs frames .* sampled with a bias"),
+        (
+            {"frames": {"choice": {"kind": "cluster"}}},
+            "mol: training.density needs frames that are distributed .* chosen by cluster",
+        ),
+        (
+            {"frames": {"bias": {"share": 0.7}}},
+            "mol: training.density needs frames that are distributed .* with a bias",
+        ),
     ],
 )
 def test_density_of_what_is_no_ensemble_is_refused(tmp_path, attributes, message):
