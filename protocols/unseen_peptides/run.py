@@ -54,6 +54,7 @@ from openmm_hvpcg.frames import Frames
 from openmm_hvpcg.potential import PotentialSpec
 from openmm_hvpcg.simulation import load_run, simulate
 from openmm_hvpcg.storage import write_json
+from openmm_hvpcg.training.dataset import LabelledFrames
 from openmm_hvpcg.training.export import export_potential
 from openmm_hvpcg.training.fit import fit_potential, load_fit
 from openmm_hvpcg.training.models.committee import combine_networks
@@ -93,7 +94,7 @@ def main() -> None:
     study.add_argument("--sizes", type=int, nargs="+", help="frames of each peptide; all and a quarter of them")
     study.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     study.add_argument(
-        "--flat", type=Path, help="more frames of the same peptides, trained on as molecules of their own"
+        "--flat", type=Path, help="as many more frames of the same peptides, trained on as molecules of their own"
     )
     means = pieces.add_parser("means")
     means.add_argument("source", type=Path, help="the --out of a study whose trainings are finished")
@@ -270,7 +271,7 @@ def train_one(protocol: Protocol, options: argparse.Namespace, work: Work) -> No
     n_parts = max(1, count_frames(protocol) // work.size)
     datasets = [choose_part(d, n_parts, work.seed - 1) for d in load_labels(options.labels)]
     priors = protocol.priors
-    more = [replace(d, name=f"{d.name}_flat") for d in load_labels(options.flat)] if options.flat else []
+    more = load_flat(options.flat, work) if options.flat else []
     if more:
         # A peptide is two molecules then: a term of one peptide alone is still no term of two.
         priors = priors.model_copy(update={"min_molecules": 2 * priors.min_molecules - 1})
@@ -286,6 +287,12 @@ def train_one(protocol: Protocol, options: argparse.Namespace, work: Work) -> No
     content = {k: fit.metrics[k] for k in keys} | {"training_cpu_s": time.process_time() - began}
     content["unseen_forces"] = judge_unseen(options, fit.network, fit.spec)
     write_json(result_path(options.out, work, None), content)
+
+
+def load_flat(archive: Path, work: Work) -> list[LabelledFrames]:
+    """As many frames of each peptide as of the others are trained on, or all; as molecules of their own."""
+    parts = (choose_part(d, max(1, d.n_frames // work.size), work.seed - 1) for d in load_labels(archive))
+    return [replace(d, name=f"{d.name}_flat") for d in parts]
 
 
 def combine_one(protocol: Protocol, options: argparse.Namespace, work: Work) -> None:

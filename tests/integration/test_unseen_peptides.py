@@ -283,6 +283,10 @@ def test_frames_on_barriers_are_labelled_without_the_bias(
     choose = partial(module.choose_settings, load_protocol(FOLDER / "protocol.yaml"))
     settings = [choose(module.Work("fm", size, 1), more)[0] for size, more in ((1600, 0), (800, 800), (800, 0))]
     assert [(s.max_epochs, s.frames_per_molecule) for s in settings] == [(20, 1600), (20, 800), (40, 800)]
+    # Where fewer frames are trained on there are as many of each kind, and other seeds have others.
+    first, second = (module.load_flat(tmp_path / "flat.zip", module.Work("fm", 20, seed))[0] for seed in (1, 2))
+    assert (first.name, first.n_frames, second.n_frames) == (f"{flat[0].name}_flat", 20, 20)
+    assert len(np.unique(np.concatenate([first.positions, second.positions]), axis=0)) == 40
     with pytest.raises(SystemExit):
         call("sample_many", *common, "--flatten", 0.7, "--scratch", tmp_path / "no", "--out", tmp_path / "no.zip")
     assert "--flatten and --seen go together" in capsys.readouterr().err
