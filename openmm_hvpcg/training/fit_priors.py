@@ -48,6 +48,7 @@ SIGMA_FACTOR = 1.1
 MAX_SIGMA_NM = 0.6
 SHORTEST_SHARE = 1e-3
 DIHEDRAL_BINS = 60
+BIN_CENTRES = (np.arange(DIHEDRAL_BINS) + 0.5) * 2.0 * np.pi / DIHEDRAL_BINS - np.pi
 #: The wall before straight angles: how far in cos(theta) from the frames it starts, how high it is where they are
 #: straight, and beyond which start there is none. Without it one or two of 64 copies of peptides that training never
 #: saw found a straight angle within 50 ps, and the dihedral prior tore them apart.
@@ -79,7 +80,10 @@ class _Occurrence:
 
 
 def fit_priors(
-    molecules: Sequence[tuple[BeadMap, NDArray[Any]]], settings: PriorSettings, temperature_K: float
+    molecules: Sequence[tuple[BeadMap, NDArray[Any]]],
+    settings: PriorSettings,
+    temperature_K: float,
+    flattened: Sequence[NDArray[np.float64] | None] | None = None,
 ) -> PriorParameters:
     """Fit every prior term that ``settings`` switches on.
 
@@ -89,6 +93,9 @@ def fit_priors(
     settings : which terms; a key needs ``min_molecules`` molecules, or all of them where there are fewer; where more
         than one is needed, keys of ``CONTEXT_TERMS`` are general
     temperature_K : temperature of the data
+    flattened : what a bias took out of ``ln p`` of each dihedral of a molecule whose frames were sampled with one:
+        coefficients (D, 2, n) of cos and sin of its multiples, in the order of the dihedrals. It is put back, of each
+        dihedral by itself: what the bias of its neighbours changed in its distribution stays changed
 
     Raises
     ------
@@ -98,7 +105,8 @@ def fit_priors(
     kt = compute_kt(temperature_K)
     needed = settings.limit_to(len(molecules)).min_molecules
     found: dict[str, dict[str, list[_Occurrence]]] = {term: defaultdict(list) for term in KEY_FORMS}
-    for number, (bead_map, positions) in enumerate(molecules):
+    flattened = flattened or [None] * len(molecules)
+    for number, ((bead_map, positions), bias) in enumerate(zip(molecules, flattened, strict=True)):
         if len(positions) < MIN_FRAMES:
             raise DataError(
                 "too few frames to fit the priors",
@@ -106,7 +114,7 @@ def fit_priors(
                 got=len(positions),
                 hint="sample more frames",
             )
-        _collect(found, number, bead_map, np.asarray(positions, dtype=np.float64))
+        _collect(found, number, bead_map, np.asarray(positions, dtype=np.float64), bias)
 
     def fit(term: str, function: Callable[[list[_Occurrence]], tuple[float, ...]]) -> Table:
         return {
@@ -148,13 +156,14 @@ def _collect(
     number: int,
     bead_map: BeadMap,
     positions: NDArray[np.float64],
+    bias: NDArray[np.float64] | None,
 ) -> None:
     """Add what the frames of molecule ``number`` say of its terms, under every key of theirs."""
     geometry = build_prior_geometry(bead_map.bonds, bead_map.n_beads)
     species = np.asarray(bead_map.species, dtype=object)
     centres = [tuple(sorted(row[1:3])) for row in geometry.dihedrals.tolist()]
     sharing = {"dihedrals": [centres.count(centre) for centre in centres]}
-    for term, summaries in _summarise(geometry, species, positions).items():
+    for term, summaries in _summarise(geometry, species, positions, bias).items():
         index = getattr(geometry, KEY_FORMS[term].geometry)
         counts = sharing.get(term, [1] * len(index))
         for atoms, summary, count in zip(index, summaries, counts, strict=True):
@@ -164,22 +173,34 @@ def _collect(
 
 
 def _summarise(
-    geometry: PriorGeometry, species: NDArray[np.object_], positions: NDArray[np.float64]
+    geometry: PriorGeometry,
+    species: NDArray[np.object_],
+    positions: NDArray[np.float64],
+    bias: NDArray[np.float64] | None,
 ) -> dict[str, list[NDArray[np.float64]]]:
     """Summaries of every term of a molecule, in the order of ``geometry``; see :class:`_Occurrence`."""
     x = torch.from_numpy(positions)
     phi = dihedral_angle(x, torch.from_numpy(geometry.dihedrals)).numpy()
     improper = dihedral_angle(x, torch.from_numpy(geometry.impropers)).numpy()
+    shares = np.stack([np.histogram(v, DIHEDRAL_BINS, (-np.pi, np.pi))[0] / len(v) for v in phi.T]) if phi.size else phi
     return {
         "bonds": [np.array([v.mean(), v.var()]) for v in _distances(positions, geometry.bonds).T],
         "angles": [
             np.array([v.mean(), v.var(), np.quantile(v, SHORTEST_SHARE)])
             for v in _cosines(positions, geometry.angles).T
         ],
-        "dihedrals": [np.histogram(v, DIHEDRAL_BINS, (-np.pi, np.pi))[0] / len(v) for v in phi.T],
+        "dihedrals": list(shares if bias is None else _put_back(shares, bias)),
         "impropers": [np.array([np.cos(v).mean(), np.sin(v).mean()]) for v in improper.T],
         "repulsion": _find_shortest(species, geometry.pairs, _distances(positions, geometry.pairs)),
     }
+
+
+def _put_back(shares: NDArray[np.float64], bias: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Shares (D, DIHEDRAL_BINS) of the bins, as they are without the bias; see :func:`fit_priors`."""
+    n = np.arange(1, bias.shape[2] + 1)
+    log_weights = bias[:, 0] @ np.cos(BIN_CENTRES * n[:, None]) + bias[:, 1] @ np.sin(BIN_CENTRES * n[:, None])
+    weighted = shares * np.exp(log_weights - log_weights.max(axis=1, keepdims=True))
+    return np.asarray(weighted / weighted.sum(axis=1, keepdims=True))
 
 
 def _find_shortest(
@@ -226,9 +247,8 @@ def _fit_dihedral(occurrences: list[_Occurrence], kt: float) -> tuple[float, ...
     n_frames = sum(o.n_frames for o in occurrences)
     counts = n_frames * np.mean([o.summary for o in occurrences], axis=0)
     p = (counts + 1.0) / (counts.sum() + DIHEDRAL_BINS)
-    centres = (np.arange(DIHEDRAL_BINS) + 0.5) * 2.0 * np.pi / DIHEDRAL_BINS - np.pi
-    n = np.arange(1, DIHEDRAL_ORDER + 1)
-    design = np.hstack([np.ones((DIHEDRAL_BINS, 1)), np.cos(centres[:, None] * n), np.sin(centres[:, None] * n)])
+    multiples = BIN_CENTRES[:, None] * np.arange(1, DIHEDRAL_ORDER + 1)
+    design = np.hstack([np.ones((DIHEDRAL_BINS, 1)), np.cos(multiples), np.sin(multiples)])
     weight = np.sqrt(p + 0.1 / DIHEDRAL_BINS)[:, None]
     coefficients = np.linalg.lstsq(design * weight, (-kt * np.log(p)) * weight[:, 0], rcond=None)[0]
     share = np.mean([o.sharing for o in occurrences])

@@ -22,7 +22,7 @@ from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
 from openmm_hvpcg.errors import DataError
 from openmm_hvpcg.mapping import find_end_marks
 from openmm_hvpcg.potential import PotentialSpec
-from openmm_hvpcg.prior_terms import PriorParameters
+from openmm_hvpcg.prior_terms import PriorParameters, build_prior_geometry
 from openmm_hvpcg.training.batches import FrameGroup, MoleculeSize, MoleculeTensors, group_molecules
 from openmm_hvpcg.training.covariance import PooledCovariance, count_soft_features
 from openmm_hvpcg.training.dataset import LabelledFrames, split_by_time_blocks
@@ -145,6 +145,7 @@ def prepare(
         [(d.bead_map, d.positions[thin_rows(s[0], count_pairs(d))]) for d, s in zip(datasets, splits, strict=True)],
         priors,
         temperature,
+        [_find_flattened(d) for d in datasets],
     )
     spec = _build_spec(datasets, parameters, model, temperature, made_from)
     groups, molecules = _allocate(datasets, spec, training, mixed, storage)
@@ -204,6 +205,24 @@ def _check_density(dataset: LabelledFrames) -> None:
                 where=dataset.name,
                 hint=f"take frames {hint}, or leave training.density out",
             )
+
+
+def _find_flattened(dataset: LabelledFrames) -> NDArray[np.float64] | None:
+    """What ``sampling.flatten`` took out of ``ln p`` of each dihedral (D, 2, n), None where nothing."""
+    bias = dataset.attributes.get("frames", {}).get("bias")
+    if bias is None:
+        return None
+    rows = build_prior_geometry(dataset.bead_map.bonds, dataset.bead_map.n_beads).dihedrals.tolist()
+    if sorted(bias["dihedrals"]) != sorted(rows):
+        raise DataError(
+            "the frames were sampled with a bias along dihedrals of other beads",
+            where=dataset.name,
+            expected=f"the dihedrals of this map, {sorted(rows)}",
+            got=sorted(bias["dihedrals"]),
+            hint="label frames that were sampled with a bias with the bead map that they were sampled with",
+        )
+    order = [bias["dihedrals"].index(row) for row in rows]
+    return float(bias["share"]) * np.asarray(bias["log_densities"], dtype=np.float64)[order]
 
 
 def thin_rows(frames: NDArray[np.int64], n_values: int) -> NDArray[np.int64]:

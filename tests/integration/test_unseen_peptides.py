@@ -151,6 +151,25 @@ def test_sittings_are_put_together(study: Path, call: Callable[..., None], tmp_p
     assert all(len(p["curve"]["model"]) > 5 for r in found for p in r["peptides"].values())
 
 
+def test_seeds_are_compared_in_pairs(study: Path) -> None:
+    """Ratios of 1/2, 1/2 and of 1/8, 2: both seeds have a mean ln of -ln 2. What is unstable counts not."""
+
+    def build_run(arm: str, seed: int, *values: float | None) -> dict[str, Any]:
+        peptides = {f"P{k}": {"stable": v is not None, "tica1": {"kl": v}} for k, v in enumerate(values)}
+        return {"arm": arm, "n_frames": 40, "seed": seed, "peptides": peptides}
+
+    module = importlib.import_module("report")
+    runs = [build_run("fm", 1, 0.4, 0.6), build_run("fm", 2, 0.8, 0.1), build_run("fm", 3, 1.0, 1.0)]
+    runs += [build_run("hvp", 1, 0.2, 0.3), build_run("hvp", 2, 0.1, 0.2), build_run("hvp", 4, 1.0, 1.0)]
+    words = module.compare_seeds(module.Results({"test peptides": ["P0", "P1"], "runs": runs}), 40, "hvp")
+    assert "ahead on 2, 1; geometric mean of all ratios 0.50 (0.50 to 0.50, a standard error over 2 seeds)" in words
+    runs += [build_run("hvp", 3, 2.0, None)]
+    words = module.compare_seeds(module.Results({"test peptides": ["P0", "P1"], "runs": runs}), 40, "hvp")
+    # Means of ln: -ln 2, -ln 2, ln 2.
+    assert "ahead on 2, 1, 0; geometric mean of all ratios 0.79 (0.50 to 1.26, a standard error over 3 seeds)" in words
+    assert not module.compare_seeds(module.Results({"test peptides": ["P0", "P1"], "runs": runs[:4]}), 40, "hvp")
+
+
 def test_a_second_run_repeats_nothing(study: Path, call: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("made again")

@@ -19,15 +19,18 @@ from training_cases import KT, NO_PRIORS, REST, build_labels
 from openmm_hvpcg.config import ModelSettings, PriorSettings, TrainingSettings
 from openmm_hvpcg.errors import DataError, PotentialError, StudyError
 from openmm_hvpcg.potential import load_potential, save_potential
+from openmm_hvpcg.prior_terms import build_prior_geometry
 from openmm_hvpcg.training import evaluation as evaluation_module
 from openmm_hvpcg.training import fit as fit_module
 from openmm_hvpcg.training import matching as matching_module
 from openmm_hvpcg.training import preparation as preparation_module
 from openmm_hvpcg.training.batches import BatchIndex, FrameBatches
+from openmm_hvpcg.training.dataset import split_by_time_blocks
 from openmm_hvpcg.training.derivatives import compute_forces_and_hvps
 from openmm_hvpcg.training.evaluation import JUDGED_PROBES, choose_network_share, evaluate_network
 from openmm_hvpcg.training.export import export_potential, script_potential
 from openmm_hvpcg.training.fit import fit_potential, load_fit
+from openmm_hvpcg.training.fit_priors import fit_priors
 from openmm_hvpcg.training.losses import compute_hvp_target, density_loss, force_loss, hvp_loss
 from openmm_hvpcg.training.matching import MatchingModule
 from openmm_hvpcg.training.models.registry import build_network, scale_energy
@@ -285,6 +288,28 @@ def test_density_of_what_is_no_ensemble_is_refused(tmp_path, attributes, message
     with pytest.raises(DataError, match=message):
         fit_potential([data], change(density=0.9), MODEL, PRIORS, tmp_path, progress=False)
     assert not any(tmp_path.iterdir())
+
+
+def test_priors_of_frames_with_a_bias_are_those_without_it():
+    """What the frames say that the bias took is put back, of each dihedral its own, in whatever order they are told."""
+    data = build_labels(100)
+    rows = build_prior_geometry(data.bead_map.bonds, data.bead_map.n_beads).dihedrals.tolist()
+    assert len(rows) > 1
+    rng = np.random.default_rng(0)
+    taken = rng.normal(size=(len(rows), 2, 4)).round(3)
+
+    def prepare_with(order: list[int], dihedrals: list[list[int]]) -> dict[str, tuple[float, ...]]:
+        bias = {"share": 0.5, "dihedrals": [dihedrals[k] for k in order], "log_densities": taken[order].tolist()}
+        biased = replace(data, attributes={"frames": {"bias": bias}})
+        return dict(prepare([biased], SETTINGS, MODEL, PRIORS, {}).spec.priors.dihedrals)
+
+    order = list(range(len(rows)))
+    split = split_by_time_blocks(data.walker, SETTINGS.validation_fraction, SETTINGS.validation_blocks)[0]
+    wanted = fit_priors([(data.bead_map, data.positions[split])], PRIORS, data.temperature_K, [0.5 * taken]).dihedrals
+    assert prepare_with(order, rows) == prepare_with(order[::-1], rows) == wanted
+    assert wanted != fit_priors([(data.bead_map, data.positions[split])], PRIORS, data.temperature_K).dihedrals
+    with pytest.raises(DataError, match="mol: the frames were sampled with a bias along dihedrals of other beads"):
+        prepare_with(order, [[0, 1, 2, 9], *rows[1:]])
 
 
 def test_hvps_along_bonds_need_bonds(tmp_path):
