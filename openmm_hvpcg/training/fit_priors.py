@@ -83,7 +83,7 @@ def fit_priors(
     molecules: Sequence[tuple[BeadMap, NDArray[Any]]],
     settings: PriorSettings,
     temperature_K: float,
-    flattened: Sequence[NDArray[np.float64] | None] | None = None,
+    log_densities: Sequence[NDArray[np.float64] | None] | None = None,
 ) -> PriorParameters:
     """Fit every prior term that ``settings`` switches on.
 
@@ -93,9 +93,9 @@ def fit_priors(
     settings : which terms; a key needs ``min_molecules`` molecules, or all of them where there are fewer; where more
         than one is needed, keys of ``CONTEXT_TERMS`` are general
     temperature_K : temperature of the data
-    flattened : what a bias took out of ``ln p`` of each dihedral of a molecule whose frames were sampled with one:
-        coefficients (D, 2, n) of cos and sin of its multiples, in the order of the dihedrals. It is put back, of each
-        dihedral by itself: what the bias of its neighbours changed in its distribution stays changed
+    log_densities : of a molecule whose frames were sampled with a bias along its dihedrals, ``ln p`` of each of them
+        without it: coefficients (D, 2, n) of cos and sin of its multiples, in the order of the dihedrals. They stand
+        for the frames' own distributions
 
     Raises
     ------
@@ -105,8 +105,8 @@ def fit_priors(
     kt = compute_kt(temperature_K)
     needed = settings.limit_to(len(molecules)).min_molecules
     found: dict[str, dict[str, list[_Occurrence]]] = {term: defaultdict(list) for term in KEY_FORMS}
-    flattened = flattened or [None] * len(molecules)
-    for number, ((bead_map, positions), bias) in enumerate(zip(molecules, flattened, strict=True)):
+    log_densities = log_densities or [None] * len(molecules)
+    for number, ((bead_map, positions), known) in enumerate(zip(molecules, log_densities, strict=True)):
         if len(positions) < MIN_FRAMES:
             raise DataError(
                 "too few frames to fit the priors",
@@ -114,7 +114,7 @@ def fit_priors(
                 got=len(positions),
                 hint="sample more frames",
             )
-        _collect(found, number, bead_map, np.asarray(positions, dtype=np.float64), bias)
+        _collect(found, number, bead_map, np.asarray(positions, dtype=np.float64), known)
 
     def fit(term: str, function: Callable[[list[_Occurrence]], tuple[float, ...]]) -> Table:
         return {
@@ -156,14 +156,14 @@ def _collect(
     number: int,
     bead_map: BeadMap,
     positions: NDArray[np.float64],
-    bias: NDArray[np.float64] | None,
+    log_densities: NDArray[np.float64] | None,
 ) -> None:
     """Add what the frames of molecule ``number`` say of its terms, under every key of theirs."""
     geometry = build_prior_geometry(bead_map.bonds, bead_map.n_beads)
     species = np.asarray(bead_map.species, dtype=object)
     centres = [tuple(sorted(row[1:3])) for row in geometry.dihedrals.tolist()]
     sharing = {"dihedrals": [centres.count(centre) for centre in centres]}
-    for term, summaries in _summarise(geometry, species, positions, bias).items():
+    for term, summaries in _summarise(geometry, species, positions, log_densities).items():
         index = getattr(geometry, KEY_FORMS[term].geometry)
         counts = sharing.get(term, [1] * len(index))
         for atoms, summary, count in zip(index, summaries, counts, strict=True):
@@ -176,31 +176,32 @@ def _summarise(
     geometry: PriorGeometry,
     species: NDArray[np.object_],
     positions: NDArray[np.float64],
-    bias: NDArray[np.float64] | None,
+    log_densities: NDArray[np.float64] | None,
 ) -> dict[str, list[NDArray[np.float64]]]:
     """Summaries of every term of a molecule, in the order of ``geometry``; see :class:`_Occurrence`."""
     x = torch.from_numpy(positions)
     phi = dihedral_angle(x, torch.from_numpy(geometry.dihedrals)).numpy()
     improper = dihedral_angle(x, torch.from_numpy(geometry.impropers)).numpy()
-    shares = np.stack([np.histogram(v, DIHEDRAL_BINS, (-np.pi, np.pi))[0] / len(v) for v in phi.T]) if phi.size else phi
     return {
         "bonds": [np.array([v.mean(), v.var()]) for v in _distances(positions, geometry.bonds).T],
         "angles": [
             np.array([v.mean(), v.var(), np.quantile(v, SHORTEST_SHARE)])
             for v in _cosines(positions, geometry.angles).T
         ],
-        "dihedrals": list(shares if bias is None else _put_back(shares, bias)),
+        "dihedrals": [np.histogram(v, DIHEDRAL_BINS, (-np.pi, np.pi))[0] / len(v) for v in phi.T]
+        if log_densities is None
+        else list(_find_shares(log_densities)),
         "impropers": [np.array([np.cos(v).mean(), np.sin(v).mean()]) for v in improper.T],
         "repulsion": _find_shortest(species, geometry.pairs, _distances(positions, geometry.pairs)),
     }
 
 
-def _put_back(shares: NDArray[np.float64], bias: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shares (D, DIHEDRAL_BINS) of the bins, as they are without the bias; see :func:`fit_priors`."""
-    n = np.arange(1, bias.shape[2] + 1)
-    log_weights = bias[:, 0] @ np.cos(BIN_CENTRES * n[:, None]) + bias[:, 1] @ np.sin(BIN_CENTRES * n[:, None])
-    weighted = shares * np.exp(log_weights - log_weights.max(axis=1, keepdims=True))
-    return np.asarray(weighted / weighted.sum(axis=1, keepdims=True))
+def _find_shares(log_densities: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Shares (D, DIHEDRAL_BINS) of the bins by the coefficients (D, 2, n) of ``ln p``."""
+    multiples = np.arange(1, log_densities.shape[2] + 1)[:, None] * BIN_CENTRES
+    values = log_densities[:, 0] @ np.cos(multiples) + log_densities[:, 1] @ np.sin(multiples)
+    weights = np.exp(values - values.max(axis=1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
 
 def _find_shortest(

@@ -145,7 +145,7 @@ def prepare(
         [(d.bead_map, d.positions[thin_rows(s[0], count_pairs(d))]) for d, s in zip(datasets, splits, strict=True)],
         priors,
         temperature,
-        [_find_flattened(d) for d in datasets],
+        [_find_log_densities(d) for d in datasets],
     )
     spec = _build_spec(datasets, parameters, model, temperature, made_from)
     groups, molecules = _allocate(datasets, spec, training, mixed, storage)
@@ -207,8 +207,8 @@ def _check_density(dataset: LabelledFrames) -> None:
             )
 
 
-def _find_flattened(dataset: LabelledFrames) -> NDArray[np.float64] | None:
-    """What ``sampling.flatten`` took out of ``ln p`` of each dihedral (D, 2, n), None where nothing."""
+def _find_log_densities(dataset: LabelledFrames) -> NDArray[np.float64] | None:
+    """``ln p`` of each dihedral (D, 2, n), as frames without the bias told it; None where there was no bias."""
     bias = dataset.attributes.get("frames", {}).get("bias")
     if bias is None:
         return None
@@ -222,7 +222,7 @@ def _find_flattened(dataset: LabelledFrames) -> NDArray[np.float64] | None:
             hint="label frames that were sampled with a bias with the bead map that they were sampled with",
         )
     order = [bias["dihedrals"].index(row) for row in rows]
-    return float(bias["share"]) * np.asarray(bias["log_densities"], dtype=np.float64)[order]
+    return np.asarray(bias["log_densities"], dtype=np.float64)[order]
 
 
 def thin_rows(frames: NDArray[np.int64], n_values: int) -> NDArray[np.int64]:

@@ -291,21 +291,21 @@ def test_density_of_what_is_no_ensemble_is_refused(tmp_path, attributes, message
 
 
 def test_priors_of_frames_with_a_bias_are_those_without_it():
-    """What the frames say that the bias took is put back, of each dihedral its own, in whatever order they are told."""
+    """Dihedrals have the densities that the frames tell, each its own, in whatever order these are told."""
     data = build_labels(100)
     rows = build_prior_geometry(data.bead_map.bonds, data.bead_map.n_beads).dihedrals.tolist()
     assert len(rows) > 1
     rng = np.random.default_rng(0)
-    taken = rng.normal(size=(len(rows), 2, 4)).round(3)
+    told = rng.normal(size=(len(rows), 2, 4)).round(3)
 
     def prepare_with(order: list[int], dihedrals: list[list[int]]) -> dict[str, tuple[float, ...]]:
-        bias = {"share": 0.5, "dihedrals": [dihedrals[k] for k in order], "log_densities": taken[order].tolist()}
+        bias = {"share": 0.5, "dihedrals": [dihedrals[k] for k in order], "log_densities": told[order].tolist()}
         biased = replace(data, attributes={"frames": {"bias": bias}})
         return dict(prepare([biased], SETTINGS, MODEL, PRIORS, {}).spec.priors.dihedrals)
 
     order = list(range(len(rows)))
     split = split_by_time_blocks(data.walker, SETTINGS.validation_fraction, SETTINGS.validation_blocks)[0]
-    wanted = fit_priors([(data.bead_map, data.positions[split])], PRIORS, data.temperature_K, [0.5 * taken]).dihedrals
+    wanted = fit_priors([(data.bead_map, data.positions[split])], PRIORS, data.temperature_K, [told]).dihedrals
     assert prepare_with(order, rows) == prepare_with(order[::-1], rows) == wanted
     assert wanted != fit_priors([(data.bead_map, data.positions[split])], PRIORS, data.temperature_K).dihedrals
     with pytest.raises(DataError, match="mol: the frames were sampled with a bias along dihedrals of other beads"):
