@@ -213,7 +213,9 @@ def _find_log_densities(dataset: LabelledFrames) -> NDArray[np.float64] | None:
     if bias is None:
         return None
     rows = build_prior_geometry(dataset.bead_map.bonds, dataset.bead_map.n_beads).dihedrals.tolist()
-    if sorted(bias["dihedrals"]) != sorted(rows):
+    # A dihedral is the same from either end.
+    told = [row if row in rows else row[::-1] for row in bias["dihedrals"]]
+    if sorted(told) != sorted(rows):
         raise DataError(
             "the frames were sampled with a bias along dihedrals of other beads",
             where=dataset.name,
@@ -221,7 +223,7 @@ def _find_log_densities(dataset: LabelledFrames) -> NDArray[np.float64] | None:
             got=sorted(bias["dihedrals"]),
             hint="label frames that were sampled with a bias with the bead map that they were sampled with",
         )
-    order = [bias["dihedrals"].index(row) for row in rows]
+    order = [told.index(row) for row in rows]
     return np.asarray(bias["log_densities"], dtype=np.float64)[order]
 
 

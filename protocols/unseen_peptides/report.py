@@ -85,6 +85,14 @@ class Results:
         chosen = [r for r in self.runs if r["arm"] == arm and r["n_frames"] == size and peptide in r["peptides"]]
         return [r["peptides"][peptide] for r in chosen if r["peptides"][peptide]["stable"]]
 
+    def count_flat(self, size: int) -> int:
+        """Frames on barriers of each training peptide, beside the others."""
+        return int(max(r["fit"].get("n_frames_flat", 0) for r in self.runs if r["n_frames"] == size))
+
+    def describe(self, size: int) -> str:
+        flat = self.count_flat(size)
+        return f"{size} frames of each training peptide{f', and {flat} on barriers' if flat else ''}"
+
     def count_runs(self, size: int) -> int:
         """Simulations of unseen peptides."""
         return sum(len(r["peptides"]) for r in self.runs if r["n_frames"] == size)
@@ -151,14 +159,14 @@ def make_tables(results: Results) -> str:
     if max(networks) > 1:
         parts += [f"Every potential is the mean of {max(networks)} networks, trained from seeds of their own.", ""]
     for size in results.sizes:
-        parts += [f"## {size} frames of each training peptide", *make_table(results, size, "KL, mode 1"), ""]
+        parts += [f"## {results.describe(size)}", *make_table(results, size, "KL, mode 1"), ""]
         for arm in results.others:
             if summary := summarize(results, size, arm):
                 parts += [summary, ""]
         if results.count_runs(size):
             parts += [f"Unstable runs: {results.count_unstable(size)} of {results.count_runs(size)}.", ""]
     largest = results.sizes[0]
-    parts += [f"## More figures, {largest} frames"]
+    parts += [f"## More figures, {results.describe(largest)}"]
     for title in list(COLUMNS)[1:]:
         parts += [f"### {title}", *make_table(results, largest, title), ""]
     parts += ["### Share of the CG frames beyond the range of the AA data along mode 1", *make_outside(results), ""]
@@ -342,11 +350,11 @@ def make_training(results: Results) -> list[str]:
         for arm in results.arms:
             fits = [r["fit"] for r in results.runs if r["arm"] == arm and r["n_frames"] == size]
             if fits:
-                numbers = [k for k, value in fits[0].items() if isinstance(value, (int, float))]
-                mean = {k: float(np.mean([f[k] for f in fits])) for k in numbers}
+                keys = ("force_rmse_validation", "force_noise", "hvp_rmse_validation", "training_cpu_s")
+                mean = {k: float(np.mean([f.get(k, np.nan) for f in fits])) for k in keys}
                 lines.append(
                     f"| {NAMES[arm]} | {size} | {len(fits)} | {mean['force_rmse_validation']:.1f}"
-                    f" ({mean.get('force_noise', float('nan')):.1f}) | {mean['hvp_rmse_validation']:.4g} |"
+                    f" ({mean['force_noise']:.1f}) | {mean['hvp_rmse_validation']:.4g} |"
                     f" {mean['training_cpu_s']:.0f} |"
                 )
     return lines
@@ -447,7 +455,8 @@ def plot_efficiency(results: Results, path: Path) -> None:
     axis.set_yscale("log")
     axis.set_xticks(results.sizes, [str(s) for s in results.sizes])
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xlabel("frames of each training peptide")
+    flat = any(results.count_flat(size) for size in results.sizes)
+    axis.set_xlabel(f"frames of each training peptide{', and as many on barriers' if flat else ''}")
     axis.set_ylabel("KL(AA || CG), slowest mode, nine peptides")
     figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=110)

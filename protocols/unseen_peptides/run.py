@@ -275,7 +275,8 @@ def train_one(protocol: Protocol, options: argparse.Namespace, work: Work) -> No
     if more:
         # A peptide is two molecules then: a term of one peptide alone is still no term of two.
         priors = priors.model_copy(update={"min_molecules": 2 * priors.min_molecules - 1})
-    training, model = choose_settings(protocol, work, max((d.n_frames for d in more), default=0))
+    n_flat = max((d.n_frames for d in more), default=0)
+    training, model = choose_settings(protocol, work, n_flat)
     fit = fit_potential([*datasets, *more], training, model, priors, folder / "fit", arm=work.arm, progress=False)
     shutil.rmtree(folder / "fit" / "logs", ignore_errors=True)
     export_potential(fit.network, fit.spec, folder / "potential.pt", datasets[0].positions[:64])
@@ -285,7 +286,7 @@ def train_one(protocol: Protocol, options: argparse.Namespace, work: Work) -> No
         *("force_noise", "hvp_noise"),
     )
     content = {k: fit.metrics[k] for k in keys} | {"training_cpu_s": time.process_time() - began}
-    content["unseen_forces"] = judge_unseen(options, fit.network, fit.spec)
+    content |= {"n_frames_flat": n_flat, "unseen_forces": judge_unseen(options, fit.network, fit.spec)}
     write_json(result_path(options.out, work, None), content)
 
 

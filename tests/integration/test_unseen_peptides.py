@@ -130,6 +130,7 @@ def test_results_and_report(study: Path) -> None:
     assert "FM + HVP ahead of FM on" in table
     assert "FM + HVP + density ahead of FM on" in table
     assert "Unstable runs: 0 of 3." in table
+    assert "## 40 frames of each training peptide\n" in table
     for name in ("kl.png", "profiles.png"):
         assert (study / "report" / name).stat().st_size > 5000
     # One number of frames makes no curve.
@@ -297,6 +298,9 @@ def test_frames_on_barriers_are_labelled_without_the_bias(
     made_from = json.loads((tmp_path / "out/models/fm-40-1/fit/made_from.json").read_text())
     assert set(made_from["datasets"]) == {f"{d.name}{end}" for d in flat for end in ("", "_flat")}
     assert made_from["priors"]["min_molecules"] == 3
+    call("report", tmp_path / "out", "--out", tmp_path / "report")
+    table = (tmp_path / "report" / "table.md").read_text()
+    assert "## 40 frames of each training peptide, and 40 on barriers" in table
     assert run["peptides"]["AGA"]["tica1"]["kl"] >= 0
     module = importlib.import_module("run")
     choose = partial(module.choose_settings, load_protocol(FOLDER / "protocol.yaml"))
