@@ -221,7 +221,7 @@ def summarize(results: Results, size: int, arm: str) -> str:
 
 
 def compare_seeds(results: Results, size: int, arm: str) -> str:
-    """An arm beside force matching from the same seed, over all peptides: seeds are all that is independent."""
+    """An arm beside force matching from the same seed, over all peptides: those of one seed err alike."""
     found = {
         (r["arm"], r["seed"]): {
             name: figures["tica1"]["kl"] for name, figures in r["peptides"].items() if figures["stable"]
