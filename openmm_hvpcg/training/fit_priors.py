@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import softmax
 
 from openmm_hvpcg.config import PriorSettings
 from openmm_hvpcg.errors import DataError
@@ -48,7 +49,6 @@ SIGMA_FACTOR = 1.1
 MAX_SIGMA_NM = 0.6
 SHORTEST_SHARE = 1e-3
 DIHEDRAL_BINS = 60
-BIN_CENTRES = (np.arange(DIHEDRAL_BINS) + 0.5) * 2.0 * np.pi / DIHEDRAL_BINS - np.pi
 #: The wall before straight angles: how far in cos(theta) from the frames it starts, how high it is where they are
 #: straight, and beyond which start there is none. Without it one or two of 64 copies of peptides that training never
 #: saw found a straight angle within 50 ps, and the dihedral prior tore them apart.
@@ -198,10 +198,15 @@ def _summarise(
 
 def _find_shares(log_densities: NDArray[np.float64]) -> NDArray[np.float64]:
     """Shares (D, DIHEDRAL_BINS) of the bins by the coefficients (D, 2, n) of ``ln p``."""
-    multiples = np.arange(1, log_densities.shape[2] + 1)[:, None] * BIN_CENTRES
-    values = log_densities[:, 0] @ np.cos(multiples) + log_densities[:, 1] @ np.sin(multiples)
-    weights = np.exp(values - values.max(axis=1, keepdims=True))
-    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+    values = log_densities.reshape(len(log_densities), -1) @ _expand_bins(log_densities.shape[2]).T
+    return np.asarray(softmax(values, axis=1))
+
+
+def _expand_bins(order: int) -> NDArray[np.float64]:
+    """Cosines and sines (DIHEDRAL_BINS, 2 order) of the multiples of the bins' centres."""
+    centres = (np.arange(DIHEDRAL_BINS) + 0.5) * 2.0 * np.pi / DIHEDRAL_BINS - np.pi
+    multiples = centres[:, None] * np.arange(1, order + 1)
+    return np.hstack([np.cos(multiples), np.sin(multiples)])
 
 
 def _find_shortest(
@@ -248,8 +253,7 @@ def _fit_dihedral(occurrences: list[_Occurrence], kt: float) -> tuple[float, ...
     n_frames = sum(o.n_frames for o in occurrences)
     counts = n_frames * np.mean([o.summary for o in occurrences], axis=0)
     p = (counts + 1.0) / (counts.sum() + DIHEDRAL_BINS)
-    multiples = BIN_CENTRES[:, None] * np.arange(1, DIHEDRAL_ORDER + 1)
-    design = np.hstack([np.ones((DIHEDRAL_BINS, 1)), np.cos(multiples), np.sin(multiples)])
+    design = np.hstack([np.ones((DIHEDRAL_BINS, 1)), _expand_bins(DIHEDRAL_ORDER)])
     weight = np.sqrt(p + 0.1 / DIHEDRAL_BINS)[:, None]
     coefficients = np.linalg.lstsq(design * weight, (-kt * np.log(p)) * weight[:, 0], rcond=None)[0]
     share = np.mean([o.sharing for o in occurrences])

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from dihedral_bias import KINDS
-from judging import find_residuals, find_torsions
+from judging import bind_model, find_residuals, find_torsions
 from numpy.typing import NDArray
 from peptides import choose_part, load_labels
 
@@ -82,7 +82,7 @@ def main() -> None:
         for n_parts in PARTS if fit is None else PARTS[:1]:
             samples = collect([choose_part(d, n_parts, 0) for d in datasets], fit)
             name = f"{path}, {max(d.n_frames for d in datasets) // n_parts} frames a peptide"
-            ways = PSI if find_psi(datasets[0].bead_map) else CALPHA
+            ways = choose_ways(datasets[0].bead_map)
             found[name] = {way: add_up(samples, *ends) for way, ends in ways.items()}
             if fit is not None:
                 way, ends = next(iter(ways.items()))
@@ -103,6 +103,10 @@ def find_psi(bead_map: BeadMap) -> bool:
     return set(KINDS["psi"]) <= set(bead_map.names)
 
 
+def choose_ways(bead_map: BeadMap) -> dict[str, tuple[float, float]]:
+    return PSI if find_psi(bead_map) else CALPHA
+
+
 def choose_dihedrals(bead_map: BeadMap) -> torch.Tensor:
     """Rows (D, 4) of beads: all, or psi alone."""
     return find_torsions(bead_map, KINDS["psi"]) if find_psi(bead_map) else Bonded.find(bead_map).torsions
@@ -112,10 +116,12 @@ def collect(datasets: list[LabelledFrames], fit: FitResult | None = None) -> Sam
     found: list[NDArray[np.float64]] = []
     for data in datasets:
         positions = torch.from_numpy(data.positions).double()
-        left = data.forces if fit is None else find_residuals(fit.network, fit.spec, data)
+        left = data.forces
+        if fit is not None:
+            left = find_residuals(bind_model(fit.network, fit.spec, data.bead_map).frame_energies, data)
         dihedrals = choose_dihedrals(data.bead_map)
         angles = np.degrees(dihedral_angle(positions, dihedrals).numpy())
-        centre = (PSI if find_psi(data.bead_map) else CALPHA)["helix to strand"][0]
+        centre = choose_ways(data.bead_map)["helix to strand"][0]
         in_helix = np.abs((angles - centre + 180) % 360 - 180) < HELIX_DEGREES
         for k, index in enumerate(dihedrals):
             slope = -compute_forces(lambda x, i=index[None]: dihedral_angle(x, i)[:, 0], positions).numpy()

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from judging import find_residuals, find_torsions
+from judging import bind_model, find_residuals, find_torsions
 from numpy.typing import NDArray
 from peptides import load_labels
 from torch import Tensor
@@ -57,7 +57,7 @@ def find_biases(fit: FitResult, datasets: list[LabelledFrames]) -> dict[str, tup
     products: dict[str, list[NDArray[np.float64]]] = {}
     for data in datasets:
         positions = torch.from_numpy(data.positions).double()
-        residuals = find_residuals(fit.network, fit.spec, data)
+        residuals = find_residuals(bind_model(fit.network, fit.spec, data.bead_map).frame_energies, data)
         for name, function in list_functions(data.bead_map):
             forces = compute_forces(function, positions).numpy()
             both = np.stack([(forces * residuals).sum((1, 2)), (forces**2).sum((1, 2))])

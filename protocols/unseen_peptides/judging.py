@@ -18,7 +18,7 @@ from openmm_hvpcg.frames import Frames
 from openmm_hvpcg.mapping import BeadMap
 from openmm_hvpcg.potential import PotentialSpec
 from openmm_hvpcg.training.dataset import LabelledFrames
-from openmm_hvpcg.training.derivatives import compute_forces
+from openmm_hvpcg.training.derivatives import EnergyFunction, compute_forces
 from openmm_hvpcg.training.models.torsions import Bonded
 from openmm_hvpcg.training.models.total import TotalEnergy
 
@@ -40,11 +40,9 @@ def bind_model(network: torch.nn.Module, spec: PotentialSpec, bead_map: BeadMap)
     return TotalEnergy(network, replace(spec, bead_map=bead_map)).eval()
 
 
-def find_residuals(network: torch.nn.Module, spec: PotentialSpec, labels: LabelledFrames) -> NDArray[np.float64]:
-    """What a model leaves of the force labels, (T, B, 3)."""
-    total = bind_model(network, spec, labels.bead_map)
-    forces = compute_forces(total.frame_energies, torch.from_numpy(labels.positions).double())
-    return labels.forces - forces.numpy()
+def find_residuals(energy: EnergyFunction, labels: LabelledFrames) -> NDArray[np.float64]:
+    """What an energy of positions leaves of the force labels, (T, B, 3)."""
+    return labels.forces - compute_forces(energy, torch.from_numpy(labels.positions).double()).numpy()
 
 
 def find_torsions(bead_map: BeadMap, beads: tuple[str, ...]) -> torch.Tensor:
@@ -60,9 +58,8 @@ def judge_forces(network: torch.nn.Module, spec: PotentialSpec, labels: Labelled
     One for each walker. All hold the noise of the labels, which differences of two models do not.
     """
     total = bind_model(network, spec, labels.bead_map)
-    positions = torch.from_numpy(labels.positions).double()
     found = {"model": total.frame_energies, "priors": total.prior_energies}
-    squares = {name: np.square(labels.forces - compute_forces(f, positions).numpy()) for name, f in found.items()}
+    squares = {name: np.square(find_residuals(energy, labels)) for name, energy in found.items()}
     walkers = np.unique(labels.walker)
     return {name: [float(s[labels.walker == w].mean()) for w in walkers] for name, s in squares.items()}
 
